@@ -1,0 +1,1 @@
+"""Catalogue in, (query, product, photo) tuples out."""

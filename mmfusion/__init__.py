@@ -1,0 +1,1 @@
+"""mmfusion: experiments in multimodal product search."""

@@ -1,0 +1,122 @@
+"""The contract between data and model: what a step, a corpus pass and an evaluation receive.
+
+Legend of axis names, here and everywhere:
+  tuple    (query, product, photo) tuples of one step on one rank (equal on all ranks)
+  query    query vectors: of one step (one per tuple; a query may occur twice) or of an evaluated split
+  product  product vectors: of one step (one per tuple) or of the corpus
+  token    positions of an encoder's output;  width  an encoder's own size;  dim  the shared embedding space
+  listed   entries of ragged lists;  pair  (query row, product row) coordinates;  k  ranks of a result list
+Ids are dense int64: `id` of a product is its row in index.parquet, of a query its row in queries.parquet.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Literal, Protocol, Self
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+
+def _map_tensors(value: Any, function: Any) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _map_tensors(item, function) for key, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value)(**{f.name: _map_tensors(getattr(value, f.name), function) for f in fields(value)})
+    return value
+
+
+class _Movable:
+    """A dataclass whose tensors move together, as Lightning's device transfer and DataLoader's pinning expect."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        return _map_tensors(self, Tensor.pin_memory)
+
+
+@dataclass
+class QueryBatch(_Movable):
+    """Queries as text; `valid` is False on rows that only pad an evaluation batch to the size of the other ranks'."""
+
+    text: list[str]
+    id: Int[Tensor, "query"]
+    valid: Bool[Tensor, "query"]
+
+
+@dataclass
+class ProductBatch(_Movable):
+    """Products as text and photo.
+
+    text: the chosen fields joined by a space, "" when absent. photo: RGB, zeros when absent.
+    present: column 0 text, column 1 photo; what fills an absent modality must not matter.
+    draw: a random 63-bit number that depends on (seed, epoch, product id) alone; augmentation and modality dropout
+    derive from it, so that they do not depend on ranks, workers or resumption.
+    """
+
+    text: list[str]
+    photo: UInt8[Tensor, "product 3 height width"]
+    present: Bool[Tensor, "product 2"]
+    id: Int[Tensor, "product"]
+    draw: Int[Tensor, "product"]
+    valid: Bool[Tensor, "product"]
+
+
+@dataclass
+class Judged(_Movable):
+    """The train judgments with gain > 0 of a batch's products, in one label column, as ragged lists.
+
+    Entry e says: the product in row `product[e]` of this rank's batch has gain `gain[e]` for the query with dense id
+    `query_id[e]` (whether or not that query is in the batch); `positive[e]` is gain >= positive_from. Entries that
+    are not positive are ignored by losses that do not grade them. Everything unlisted is negative.
+    """
+
+    product: Int[Tensor, "listed"]
+    query_id: Int[Tensor, "listed"]
+    gain: Float[Tensor, "listed"]
+    positive: Bool[Tensor, "listed"]
+
+
+@dataclass
+class TupleBatch(_Movable):
+    """One rank's share of a step: row i of `query` and of `product` are one tuple. `judged` is per label column."""
+
+    query: QueryBatch
+    product: ProductBatch
+    judged: dict[str, Judged]
+
+    def __len__(self) -> int:
+        return len(self.query.text)
+
+
+@dataclass
+class Judgments:
+    """All judgments of one split, on dense ids. `gain[column]` is NaN where a pair is not judged in that column.
+
+    Entries are unique (query, product) pairs, sorted by (query, product). A product is relevant when its gain is at
+    least `positive_from[column]`. `unlisted` says what a pair that is not listed means.
+    """
+
+    query: np.ndarray
+    product: np.ndarray
+    gain: dict[str, np.ndarray]
+    positive_from: dict[str, float]
+    unlisted: Literal["irrelevant", "unknown"]
+
+
+class RetrievalData(Protocol):
+    """What a model asks of a datamodule besides batches; datamodules.tuples.TupleDataModule is one."""
+
+    manifest_hash: str
+
+    def texts(self) -> Iterator[str]:
+        """Product texts of trainable products and train queries: what a tokenizer from scratch is trained on."""
+
+    def judgments(self, split: str) -> Judgments: ...
+
+    def product_ids(self) -> list[str]:
+        """The catalogue's own ids; position is the dense id."""
