@@ -11,12 +11,14 @@ Ids are dense int64: `id` of a product is its row in index.parquet, of a query i
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
+
+Batch = TypeVar("Batch", bound="_Movable")
 
 
 def _map_tensors(value: Any, function: Any) -> Any:
@@ -32,10 +34,10 @@ def _map_tensors(value: Any, function: Any) -> Any:
 class _Movable:
     """A dataclass whose tensors move together, as Lightning's device transfer and DataLoader's pinning expect."""
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+    def to(self: Batch, device: torch.device | str, non_blocking: bool = False) -> Batch:
         return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> Self:
+    def pin_memory(self: Batch) -> Batch:
         return _map_tensors(self, Tensor.pin_memory)
 
 
@@ -112,6 +114,9 @@ class RetrievalData(Protocol):
     """What a model asks of a datamodule besides batches; datamodules.tuples.TupleDataModule is one."""
 
     manifest_hash: str
+    val_loaders: list[str]  # what each validation loader yields: "queries/<split>" or "corpus"
+    test_loaders: list[str]
+    gains: dict[str, dict[str, float] | None]  # per label column, what each label is worth; None: labels are numbers
 
     def texts(self) -> Iterator[str]:
         """Product texts of trainable products and train queries: what a tokenizer from scratch is trained on."""
@@ -120,3 +125,9 @@ class RetrievalData(Protocol):
 
     def product_ids(self) -> list[str]:
         """The catalogue's own ids; position is the dense id."""
+
+    def products(self, ids: np.ndarray) -> ProductBatch:
+        """Any products by dense id, as evaluation sees them."""
+
+    def query_texts(self, ids: np.ndarray) -> list[str]:
+        """Any queries by dense id."""

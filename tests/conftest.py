@@ -1,0 +1,25 @@
+"""Shapes and types are checked at run time in tests; each test process uses one core, xdist the others."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+from jaxtyping import install_import_hook
+
+import tests.typecheck  # noqa: F401  (the hook names it)
+
+install_import_hook(["mmfusion", "datamodules"], "tests.typecheck.check")
+
+FASHION = Path(__file__).parents[2] / "shared" / "data" / "fashion"
+
+
+@pytest.fixture(scope="session")
+def fashion() -> Path:
+    """The fashion benchmark's folder; tests that need it skip where it is absent."""
+    if not FASHION.is_dir():
+        pytest.skip(f"{FASHION} is absent")
+    return FASHION
