@@ -1,0 +1,62 @@
+# Every target is a thin line over `mmfusion <verb>`. ARGS takes any --dotted.option.
+PYTHON    ?= python3
+ENCODERS  ?= tiny
+DATA_GIVEN := $(DATA)
+DATA      ?= data/demo
+FROM      ?= catalogue
+EXP       ?=
+RUN       ?=
+RUNS      ?=
+SRC       ?=
+OUT       ?=
+SPLIT     ?=
+ARGS      ?=
+BIN       := .venv/bin
+MMFUSION  := $(BIN)/mmfusion
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train data eval compare test test-all lint format clean
+
+help:            ## list every target
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.ready  ## make .venv and install the pinned dependencies
+
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: make setup PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv || echo "uv cannot be installed: using pip"
+	$(BIN)/python -m uv pip install --python $(BIN)/python --compile-bytecode -c constraints.txt -e '.[dev]' \
+	  || $(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+train: setup     ## EXP=fusion_gated [ENCODERS=tiny|minilm|dual] [DATA=shards] [ARGS="--..."]: train, then evaluate val and test
+	@$(MMFUSION) train --exp '$(EXP)' --encoders '$(ENCODERS)' --data '$(DATA)' $(ARGS)
+
+data: setup      ## FROM=catalogue SRC=folder OUT=folder [ARGS="--..."]: a catalogue into shards
+	@$(MMFUSION) data --from '$(FROM)' --src='$(SRC)' --out='$(OUT)' $(ARGS)
+
+eval: setup      ## RUN=runs/... [DATA=shards] [SPLIT=test] [OUT=folder] [ARGS="--..."]: evaluate a run again
+	@$(MMFUSION) eval --run '$(RUN)' $(if $(DATA_GIVEN),--data '$(DATA)') $(if $(SPLIT),--split '$(SPLIT)') $(if $(OUT),--out '$(OUT)') $(ARGS)
+
+compare: setup   ## RUNS="runs/a runs/b": runs side by side, and what differs in their configurations
+	@$(MMFUSION) compare $(RUNS) $(ARGS)
+
+test: setup      ## the tests that CI runs
+	$(BIN)/python -m pytest -n 2 -m 'not slow' $(ARGS)
+
+test-all: setup  ## the slow tests as well
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: setup      ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup    ## let ruff rewrite
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:           ## remove caches (never runs or data)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,149 @@
+"""The `mmfusion` command. Each verb is one thing a user does; `fit` is LightningCLI and takes every --dotted.option."""
+
+import argparse
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+EXPERIMENTS = Path("experiments")
+DEMO = Path("data/demo")
+
+
+def main() -> None:
+    """Runs a verb. A user's mistake is one message and exit code 2; MMFUSION_TRACEBACK=1 shows where it was found."""
+    verbs: dict[str, Callable[[list[str]], None]] = {
+        "train": train, "fit": fit, "data": data, "eval": evaluate, "compare": compare,
+    }  # fmt: skip
+    verb, rest = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
+    if verb not in verbs:
+        sys.exit(f"error: mmfusion takes one of {', '.join(verbs)}; received {verb or 'nothing'}. Try: make help")
+    try:
+        verbs[verb](rest)
+    except (ValueError, FileNotFoundError, FileExistsError, argparse.ArgumentError) as error:
+        if os.environ.get("MMFUSION_TRACEBACK") or not _is_ours(error):
+            raise
+        print(f"error: {_explain(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the message was written for users: raised by our own code or by the parser of options."""
+    if isinstance(error, argparse.ArgumentError):
+        return True
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return any(parent.name in ("mmfusion", "datamodules") for parent in raised_in.parents)
+
+
+def _explain(error: Exception) -> str:
+    """The parser's message with the names that it should have shown."""
+    text = str(error).removeprefix("argument None: ")
+    if "model.fusion" in text:
+        from mmfusion import fusion  # noqa: PLC0415
+
+        heads = sorted(cls.__name__ for cls in fusion.FusionHead.__subclasses__())
+        text += f"\nfusion heads: {', '.join(heads)}"
+    return text
+
+
+def _parser(verb: str, **arguments: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"mmfusion {verb}", allow_abbrev=False)
+    for name, text in arguments.items():
+        parser.add_argument(f"--{name}", required=text.endswith("!"), help=text.rstrip("!"))
+    return parser
+
+
+def train(argv: list[str]) -> None:
+    """An experiment by name: base, encoders and experiment files one over the other, then `fit`."""
+    parser = _parser("train", exp="experiment file", encoders="encoders overlay", data="folder of shards")
+    parser.set_defaults(exp="", encoders="tiny", data=str(DEMO))
+    options, rest = parser.parse_known_args(argv)
+    experiment = _named(EXPERIMENTS, options.exp, "EXP", leave_out=("base",))
+    overlay = _named(EXPERIMENTS / "encoders", options.encoders, "ENCODERS")
+    if Path(options.data) == DEMO and not DEMO.exists():
+        importer("demo")(DEMO)
+    configs = [f"--config={path}" for path in (EXPERIMENTS / "base.yaml", overlay, experiment)]
+    fit([*configs, f"--experiment={options.exp}", f"--data.path={options.data}", *rest])
+
+
+def _named(folder: Path, name: str, what: str, leave_out: Sequence[str] = ()) -> Path:
+    """The YAML file called `name` in `folder`. Raises FileNotFoundError listing those there are."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder} here: run this in the project's own folder")
+    names = sorted(path.stem for path in folder.glob("*.yaml") if path.stem not in leave_out)
+    if name in names:
+        return folder / f"{name}.yaml"
+    near = difflib.get_close_matches(name, names, 1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise FileNotFoundError(f"{what}={name or '(nothing)'} is not in {folder}: there are {', '.join(names)}.{hint}")
+
+
+def fit(argv: list[str]) -> None:
+    """Trains, evaluates val and test with the best checkpoint, writes results.json, prints the table and the run."""
+    from mmfusion.run import FusionCLI, fit_and_evaluate  # noqa: PLC0415
+
+    fit_and_evaluate(FusionCLI.parse(argv, _run_folder(argv)))
+
+
+def _run_folder(argv: Sequence[str]) -> Path:
+    """runs/<experiment>/<version>: the folder of the checkpoint that a run resumes, or a new one named by the time.
+
+    All ranks have to agree: ranks that Lightning starts inherit the name, those of a cluster's launcher share its job.
+    """
+    given = dict(arg.removeprefix("--").split("=", 1) for arg in argv if arg.startswith("--") and "=" in arg)
+    if given.get("resume", "null") != "null":
+        return Path(given["resume"]).resolve().parents[1]
+    job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID")
+    version = f"job-{job}" if job and job != "none" else datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    folder = Path(given.get("runs", "runs")) / given.get("experiment", "custom") / version
+    return Path(os.environ.setdefault("MMFUSION_RUN", str(folder)))
+
+
+def data(argv: list[str]) -> None:
+    """A catalogue into shards, by the importer of its data set."""
+    from jsonargparse import ArgumentParser  # noqa: PLC0415
+
+    options, rest = _parser("data", **{"from": "data set"}).parse_known_args(argv)
+    function = importer(getattr(options, "from") or "")
+    parser = ArgumentParser(prog="mmfusion data", exit_on_error=False)
+    parser.add_function_arguments(function)
+    given = parser.parse_args([arg for arg in rest if arg not in ("--src=", "--out=")])
+    function(**given.as_dict())
+
+
+def importer(name: str) -> Callable[..., None]:
+    """A data set's importer, by the entry point that a package registers under `mmfusion.importers`."""
+    points = {point.name: point for point in metadata.entry_points(group="mmfusion.importers")}
+    if name not in points:
+        raise ValueError(f"FROM={name or '(nothing)'} is no importer: there are {', '.join(sorted(points))}")
+    return points[name].load()
+
+
+def evaluate(argv: list[str]) -> None:
+    """Evaluates a run again, on its own shards or others; writes results under eval/ of the run, or under --out."""
+    parser = _parser("eval", run="run folder!", data="folder of shards", split="val or test", out="folder for results")
+    options, rest = parser.parse_known_args(argv)
+    from mmfusion.run import evaluate_run  # noqa: PLC0415
+
+    out = Path(options.out) if options.out else None
+    evaluate_run(Path(options.run), options.data, options.split or "test", out, rest)
+
+
+def compare(argv: list[str]) -> None:
+    """Runs side by side, with what differs in their configurations."""
+    parser = argparse.ArgumentParser(prog="mmfusion compare")
+    parser.add_argument("runs", nargs="*", type=Path)
+    options = parser.parse_args(argv)
+    if not options.runs:
+        raise ValueError('make compare needs RUNS="runs/a runs/b": folders that hold a results.json')
+    from mmfusion.retrieval.compare import compare as compare_runs  # noqa: PLC0415
+
+    compare_runs(options.runs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,362 @@
+"""The LightningModule: wires encoders, towers, losses, stages and evaluation together, and logs."""
+
+import copy
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal, cast
+
+import torch
+from jaxtyping import Bool, Float
+from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+
+from mmfusion import optim as optimisation
+from mmfusion.batch import ProductBatch, QueryBatch, RetrievalData, TupleBatch
+from mmfusion.encoders import ImageEncoder, TextEncoder
+from mmfusion.encoders.augment import uniforms
+from mmfusion.features import Features
+from mmfusion.fusion import FusionHead, Gated
+from mmfusion.losses import InfoNCE, Loss, Pairs, identity_pairs, match_pairs
+from mmfusion.optim import Optim
+from mmfusion.reach import TERM_VIEWS, reached, sides
+from mmfusion.retrieval.evaluation import Collector, ViewResult, evaluate_view
+from mmfusion.retrieval.topk import tie_ranks
+from mmfusion.stages import Group, Stage, StagePlan
+from mmfusion.towers import MODALITIES, ProductTower, QueryTower, View
+
+Modality = Literal["text", "image"]
+
+
+@dataclass
+class Losses:
+    """The loss of each term; InfoNCE with its defaults where none is given. Stages hold their weights.
+
+    Args:
+        query_product: of the query with the fused product
+        query_text: of the query with the product's text
+        query_image: of the query with the product's photo
+        text_image: of the product's text with its own photo
+    """
+
+    query_product: Loss | None = None
+    query_text: Loss | None = None
+    query_image: Loss | None = None
+    text_image: Loss | None = None
+
+    def modules(self) -> nn.ModuleDict:
+        return nn.ModuleDict({f.name: getattr(self, f.name) or InfoNCE() for f in fields(self)})
+
+
+class RetrievalModule(LightningModule):
+    """A query tower and a product tower, trained in stages and evaluated over the whole corpus.
+
+    Args:
+        text: encoder of product text
+        image: encoder of product photos
+        stages: the run's stages, in order
+        groups: parameters and their learning rates, by regular expressions over parameter names; first match wins
+        query: encoder of queries: `shared` with the product's text, a `copy` of it that trains apart, or another
+        fusion: fusion head, by class name
+        dim: size of the shared embedding space
+        modalities: what a product is made of; with one alone there is no fusion and that view is the primary one
+        projection_hidden: projections with a hidden layer instead of linear ones
+        losses: the loss of each term
+        modality_dropout: probability that the fused term sees a product without its text or without its photo
+        optim: AdamW's options
+        memo_gib: GiB that the kept outputs of each frozen encoder may take
+        depth: ranks that are retrieved per query; MRR counts what lies deeper as not found
+        compile: compile the encoders' networks and the fusion head with torch.compile
+        zero_shot: evaluate before training too; needs linear projections between equal sizes
+        seed: seed of dropout; the command line sets it to seed_everything
+    """
+
+    def __init__(
+        self,
+        text: TextEncoder,
+        image: ImageEncoder,
+        stages: dict[str, Stage],
+        groups: dict[str, Group],
+        query: Literal["shared", "copy"] | TextEncoder = "shared",
+        fusion: Callable[[int], FusionHead] = Gated,
+        dim: int = 256,
+        modalities: list[Modality] = ["text", "image"],  # noqa: B006
+        projection_hidden: bool = False,
+        losses: Losses = Losses(),  # noqa: B008
+        modality_dropout: float = 0.0,
+        optim: Optim = Optim(),  # noqa: B008
+        memo_gib: float = 4.0,
+        depth: int = 1000,
+        compile: bool = False,
+        zero_shot: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not modalities or set(modalities) - set(MODALITIES) or len(set(modalities)) < len(modalities):
+            raise ValueError(f"model.modalities takes text, image or both, each once; received {modalities}")
+        if not 0 <= modality_dropout < 1:
+            raise ValueError(f"model.modality_dropout is a probability below 1; received {modality_dropout}")
+        query_encoder = query if isinstance(query, TextEncoder) else text if query == "shared" else copy.deepcopy(text)
+        self.query = QueryTower(query_encoder, dim, projection_hidden)
+        self.product = ProductTower(
+            View(text, dim, projection_hidden) if "text" in modalities else None,
+            View(image, dim, projection_hidden) if "image" in modalities else None,
+            fusion(dim) if len(modalities) == 2 else None,
+        )
+        self.losses = losses.modules()
+        self.stages, self.groups, self.optim, self.seed = stages, groups, optim, seed
+        self.modality_dropout, self.depth, self.compile_parts, self.zero_shot = modality_dropout, depth, compile, zero_shot
+        self._check_terms()
+        if zero_shot:
+            self._check_zero_shot()
+        self.assigned = optimisation.assign(self, groups, stages, SWITCHABLE)
+        self.features = Features(self.query, self.product, memo_gib)
+        self.stage_plan: StagePlan
+        self.stage = 0
+        self.contract: dict[str, Any] = {}
+        self.collected: dict[str, dict[str, Collector]] = {}
+        self.results: dict[str, dict[str, ViewResult]] = {}
+
+    # ---- construction ------------------------------------------------------------------------------------------------
+
+    def _check_terms(self) -> None:
+        for name, stage in self.stages.items():
+            for term in stage.losses.active():
+                missing = sides({term}) - {"query", *self.product.views}
+                if missing:
+                    raise ValueError(
+                        f"model.stages.{name}.losses.{term} needs the view {missing.pop()!r}, which this model lacks "
+                        f"(model.modalities gives the views {', '.join(self.product.views)})"
+                    )
+            if not stage.losses.active():
+                raise ValueError(f"model.stages.{name}.losses: every weight is 0; give one of {', '.join(TERM_VIEWS)}")
+
+    def _check_zero_shot(self) -> None:
+        for part in (self.query, self.product.text, self.product.image):
+            weight = None if part is None else getattr(part.projection.network, "weight", None)
+            if part is not None and (weight is None or weight.shape[0] != weight.shape[1]):
+                raise ValueError(
+                    "model.zero_shot needs linear projections between equal sizes: set model.dim to the encoders' size "
+                    f"({part.encoder.dim}) and model.projection_hidden to false"
+                )
+
+    def setup(self, stage: str) -> None:
+        encoders = [self.query.encoder] + ([self.product.text.encoder] if self.product.text else [])
+        if stage == "fit":
+            for encoder in set(encoders):
+                encoder.fit(self.data.texts())
+        if self.compile_parts:
+            self.compile_parts = False  # once: fit and test both set up
+            for encoder in {*encoders, *([self.product.image.encoder] if self.product.image else [])}:
+                encoder.compile_network()
+            if self.product.fusion is not None:
+                self.product.fusion.compile()
+
+    @property
+    def data(self) -> RetrievalData:
+        return cast(RetrievalData, self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    @property
+    def primary(self) -> str:
+        """The view that decides: `fused`, or the only one there is."""
+        return self.product.views[-1]
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: TupleBatch, batch_idx: int) -> None:
+        # Lightning saves no random state: dropout must be a function of (seed, step, rank) for a resumed run to agree.
+        torch.manual_seed(hash((self.seed, self.current_epoch, batch_idx, self.global_rank)) & 0x7FFF_FFFF_FFFF_FFFF)
+
+    def training_step(self, batch: TupleBatch, batch_idx: int) -> Float[Tensor, ""]:
+        weights = self.stages[self.stage_name].losses.active()
+        terms = self.terms(batch, set(weights))
+        total = torch.stack([weight * terms[name] for name, weight in weights.items()]).sum()
+        if not torch.isfinite(total):
+            values = {name: term.item() for name, term in terms.items()}
+            raise RuntimeError(f"the loss is not finite at step {self.global_step}, stage {self.stage_name}: {values}")
+        self._log_step(total, terms, len(batch))
+        return total
+
+    def terms(self, batch: TupleBatch, names: set[str]) -> dict[str, Float[Tensor, ""]]:
+        """The loss terms `names` on one rank's share of the batch; DDP's mean over ranks is the whole batch's loss."""
+        needed = sides(names)
+        vectors = self.views(batch.product, needed - {"query"}, self._visible(batch.product))
+        if "query" in needed:
+            vectors["query"] = self.features.queries(batch.query)
+        everything = torch.ones_like(batch.product.present[:, 0])
+        valid = dict(zip(MODALITIES, batch.product.present.unbind(1), strict=True))
+        pairs: dict[str, Pairs] = {}
+        terms = {}
+        for name in sorted(names):
+            left, right = TERM_VIEWS[name]
+            loss = cast(Loss, self.losses[name])
+            key = "identity" if name == "text_image" else loss.label
+            pairs[key] = pairs.get(key) or self._pairs(batch, key)
+            sides_valid = valid.get(left, everything), valid.get(right, everything)
+            terms[name] = loss(vectors[left], vectors[right], pairs[key], *sides_valid)
+        return terms
+
+    def views(
+        self, batch: ProductBatch, names: set[str], present: Bool[Tensor, "product 2"]
+    ) -> dict[str, Float[Tensor, "product dim"]]:
+        """The product views `names` as unit vectors; `present` is what the fused view may see."""
+        projected = self.features.products(batch, set(MODALITIES) if "fused" in names else names)
+        if "fused" in names and self._logs_now():
+            self._log_gates(projected, present)
+        return self.product.vectors(projected, names, present)
+
+    def _visible(self, batch: ProductBatch) -> Bool[Tensor, "product 2"]:
+        """What is there, less what modality dropout hides: of two modalities one, never the only one."""
+        if self.modality_dropout == 0:
+            return batch.present
+        chance = uniforms(batch.draw, 2, salt=2)
+        hides = (chance[:, 0] < self.modality_dropout) & batch.present.all(1)
+        hidden = nn.functional.one_hot((chance[:, 1] < 0.5).long(), 2).bool()
+        return batch.present & ~(hides[:, None] & hidden)
+
+    def _pairs(self, batch: TupleBatch, key: str) -> Pairs:
+        if key == "identity":
+            return identity_pairs(batch.product.id)
+        if key not in batch.judged:
+            near = difflib.get_close_matches(key, batch.judged, 1)
+            raise ValueError(
+                f"a loss has label {key!r}, but the shards' label columns are {', '.join(batch.judged)}"
+                + (f". Did you mean {near[0]}?" if near else "")
+            )
+        return match_pairs(batch.query.id, batch.judged[key])
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        total = self.trainer.estimated_stepping_batches
+        if total in (-1, float("inf")):
+            raise ValueError("stages need a run of known length: set trainer.max_epochs or trainer.max_steps")
+        steps_per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        self.stage_plan = StagePlan.lay(self.stages, int(total), steps_per_epoch)
+        optimizer, schedule = optimisation.build(
+            self, self.assigned, self.groups, self.stages, self.stage_plan, self.optim
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # ---- stages ------------------------------------------------------------------------------------------------------
+
+    @property
+    def stage_name(self) -> str:
+        return self.stage_plan.names[self.stage]
+
+    def trainable(self, index: int, batch: TupleBatch) -> set[str]:
+        """Parameters that stage `index` trains: not frozen by their rate, and reached by the stage's losses."""
+        stage = self.stages[self.stage_plan.names[index]]
+        rated = {n for n, group in self.assigned.items() if optimisation.rate_of(self.groups, stage, group) != "frozen"}
+        return rated & reached(self, set(stage.losses.active()), batch)
+
+    def on_stage(self, index: int) -> None:
+        """Called by StageSwitch once the stage's parameters are trainable."""
+        self.stage = index
+        self.features.sync()
+
+    # ---- resuming ----------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["contract"] = self._contract()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises ValueError when training would go on as another run: other model, stages, losses, batch, seed or data."""
+        if self._trainer is None or self._trainer.state.fn != "fit":
+            return
+        ours, theirs = self._contract(), checkpoint.get("contract", {})
+        differs = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
+        if differs:
+            lines = [f"  {key}: the checkpoint has {theirs.get(key)}, this run {ours.get(key)}" for key in differs[:8]]
+            more = [f"  and {len(differs) - 8} more"] if len(differs) > 8 else []
+            raise ValueError(
+                "the checkpoint cannot be resumed as another run; make these equal or start afresh:\n"
+                + "\n".join(lines + more)
+            )
+
+    def _contract(self) -> dict[str, Any]:
+        return self.contract | {"manifest": self.data.manifest_hash}
+
+    # ---- evaluation --------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self.features.sync()
+        self.collected = {name: {} for name in self.data.val_loaders}
+
+    def on_test_epoch_start(self) -> None:
+        self.features.sync()
+        self.collected = {name: {} for name in self.data.test_loaders}
+
+    def validation_step(self, batch: QueryBatch | ProductBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._collect(batch, dataloader_idx)
+
+    def test_step(self, batch: QueryBatch | ProductBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._collect(batch, dataloader_idx)
+
+    def _collect(self, batch: QueryBatch | ProductBatch, loader: int) -> None:
+        collectors = list(self.collected.values())[loader]
+        if isinstance(batch, QueryBatch):
+            vectors = {"query": self.features.queries(batch)}
+        else:
+            vectors = self.views(batch, set(self.product.views), batch.present)
+        for view, rows in vectors.items():
+            collectors.setdefault(view, Collector()).add(rows, batch.id, batch.valid)
+
+    def on_validation_epoch_end(self) -> None:
+        self._evaluate()
+        for split, views in self.results.items():
+            for view, result in views.items():
+                self.log_dict({f"{split}/{view}/{name}": cell["value"] for name, cell in result.metrics.items()})
+            main = next(name for name in views[self.primary].metrics if name.endswith("ndcg@10"))
+            self.log(f"{split}/primary", views[self.primary].metrics[main]["value"], prog_bar=True)
+
+    def on_test_epoch_end(self) -> None:
+        self._evaluate()
+
+    def _evaluate(self) -> None:
+        """Fills `results[split][view]`, equal on every rank."""
+        corpus = {view: collector.rows() for view, collector in self.collected.pop("corpus").items()}
+        queries = {name.removeprefix("queries/"): c["query"].rows() for name, c in self.collected.items()}
+        tie = tie_ranks(self.data.product_ids())
+        self.results = {
+            split: {
+                view: evaluate_view(rows, corpus[view], self.data.judgments(split), tie, depth=self.depth)
+                for view in self.product.views
+            }
+            for split, rows in queries.items()
+        }
+        self.collected = {}
+
+    # ---- logging -----------------------------------------------------------------------------------------------------
+
+    def _logs_now(self) -> bool:
+        trainer = self._trainer
+        return self.training and trainer is not None and trainer.global_step % trainer.log_every_n_steps == 0
+
+    def _log_step(self, total: Tensor, terms: dict[str, Tensor], size: int) -> None:
+        self.log("train/loss", total, prog_bar=True, batch_size=size)
+        if not self._logs_now():
+            return
+        for name, value in terms.items():
+            self.log(f"train/{name}", value, batch_size=size)
+            if isinstance(scale := getattr(self.losses[name], "scale", None), Tensor):
+                self.log(f"train/scale/{name}", scale, batch_size=size)
+        self.log("stage", float(self.stage), batch_size=size)
+        for group in cast(torch.optim.Optimizer, self.optimizers()).param_groups:
+            if not group["name"].endswith("/no_decay"):
+                self.log(f"lr/{group['name']}", group["lr"], batch_size=size)
+
+    def _log_gates(self, projected: dict[str, Any], present: Bool[Tensor, "product 2"]) -> None:
+        """Mean and spread of the head's gates or expert weights over the batch."""
+        assert self.product.fusion is not None
+        with torch.no_grad():
+            gates = self.product.fusion.gates(projected["text"], projected["image"], present)
+        for name, weights in gates.items():
+            self.log(f"gates/{name}/mean", weights.float().mean(), batch_size=len(weights))
+            self.log(f"gates/{name}/std", weights.float().std(unbiased=False), batch_size=len(weights))
+
+
+# Parts that a model may lack: rules of the learning-rate table may name them all the same.
+SWITCHABLE = [
+    *(f"product.{name}.{part}." for name in MODALITIES for part in ("encoder", "projection", "token_projection")),
+    "product.fusion.",
+]

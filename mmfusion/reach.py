@@ -1,0 +1,70 @@
+"""Which parameters the active losses of a stage depend on, asked of autograd rather than guessed."""
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mmfusion.batch import ProductBatch, TupleBatch
+
+# The two sides of each loss term.
+TERM_VIEWS: dict[str, tuple[str, str]] = {
+    "query_product": ("query", "fused"),
+    "query_text": ("query", "text"),
+    "query_image": ("query", "image"),
+    "text_image": ("text", "image"),
+}
+
+
+def sides(terms: set[str]) -> set[str]:
+    """The views that loss terms need, `query` among them."""
+    return set(itertools.chain.from_iterable(TERM_VIEWS[term] for term in terms))
+
+
+@contextlib.contextmanager
+def everything_trainable(module: nn.Module) -> Iterator[None]:
+    """All parameters trainable and all modules in eval mode; afterwards everything is as it was."""
+    trainable = {parameter: parameter.requires_grad for parameter in module.parameters()}
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    module.requires_grad_(True)
+    try:
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        for parameter, before in trainable.items():
+            parameter.requires_grad_(before)
+        for part, training in modes.items():
+            part.training = training
+
+
+def reached(module: nn.Module, terms: set[str], batch: TupleBatch) -> set[str]:
+    """Names of the parameters that the loss terms depend on, found by a backward pass over two complete products.
+
+    `module` has `query` and `product` towers and `losses`; weights, buffers, modes and gradients stay as they are.
+    """
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    with everything_trainable(module):
+        gradients = torch.autograd.grad(_surface(module, terms, batch), parameters, allow_unused=True)
+    return {name for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
+
+
+def _surface(module: nn.Module, terms: set[str], batch: TupleBatch) -> Float[Tensor, ""]:
+    """A scalar that depends on just what the terms depend on."""
+    few = slice(0, 2)
+    product = batch.product
+    complete = ProductBatch(
+        product.text[few], product.photo[few], torch.ones_like(product.present[few]), product.id[few],
+        product.draw[few], product.valid[few],
+    )  # fmt: skip
+    needed = sides(terms)
+    projected = module.product.project(module.product.encode(complete, needed))
+    vectors = module.product.vectors(projected, needed, complete.present)
+    if "query" in needed:
+        vectors["query"] = module.query(batch.query.text[few])
+    products = [(vectors[TERM_VIEWS[term][0]] * vectors[TERM_VIEWS[term][1]]).sum() for term in sorted(terms)]
+    scalars = [p.sum() for term in sorted(terms) for p in module.losses[term].parameters()]
+    return torch.stack([*products, *scalars]).sum()

@@ -1,0 +1,182 @@
+"""A run from its configuration to its results: LightningCLI with the project's callbacks, loggers and folders."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
+
+import mmfusion.encoders
+import mmfusion.fusion  # noqa: F401  (class names on the command line are those of imported classes)
+import mmfusion.losses
+from mmfusion.checkpoints import BestCheckpoint, LastCheckpoint, best_of
+from mmfusion.environment import environment, write_environment
+from mmfusion.loggers import Wandb, make_loggers
+from mmfusion.module import RetrievalModule
+from mmfusion.progress import RunProgress
+from mmfusion.retrieval.report import print_table, write_results
+from mmfusion.stages import StageSwitch
+
+# What may differ when a run is resumed: where things are, how fast they are made, what is only reported.
+FREE = (
+    "data.path", "data.workers", "data.eval_batch_size", "data.val_corpus", "data.test_splits", "data.photo_cache_mib",
+    "model.memo_gib", "model.depth", "model.compile", "model.zero_shot",
+)  # fmt: skip
+BOUND_TRAINER = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision", "limit_train_batches")
+
+
+class FusionCLI(LightningCLI):
+    """LightningCLI without a sub-command: parses, builds trainer, model and datamodule; `run` is the run's folder."""
+
+    run_folder: Path
+
+    @classmethod
+    def parse(cls, argv: list[str], run: Path | None) -> "FusionCLI":
+        """`run` None: nothing is logged or saved (evaluation). Raises ArgumentError for a mistake in the options."""
+        torch.set_float32_matmul_precision("high")
+        return type("FusionCLI", (cls,), {"run_folder": run})(
+            model_class=RetrievalModule,
+            args=argv,
+            run=False,
+            save_config_callback=SaveConfigCallback if run else None,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"logger": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False},
+            parser_kwargs={"exit_on_error": False},
+            seed_everything_default=1,
+            load_from_checkpoint_support=False,
+            subclass_mode_data=True,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--experiment", type=str, default="custom", help="name of the run's folder under runs/")
+        parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs")
+        parser.add_argument("--resume", type=str | None, default=None, help="checkpoint to go on from")
+        parser.add_argument("--checkpoint_steps", type=int | None, default=None, help="steps between checkpoints; one an epoch without")
+        parser.add_argument("--wandb", type=Wandb, default=Wandb(), help="Weights & Biases")
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        callbacks: list[Callback] = [StageSwitch()]
+        if self.config.trainer.enable_progress_bar is not False:
+            callbacks.append(RunProgress())
+        if self.run_folder is not None:
+            folder = self.run_folder / "checkpoints"
+            callbacks += [BestCheckpoint(folder), LastCheckpoint(folder, self.config.checkpoint_steps)]
+            kwargs["logger"] = make_loggers(self.run_folder, self.config_init.wandb)
+        self.trainer_defaults["callbacks"] = callbacks
+        return super().instantiate_trainer(**kwargs)
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    if isinstance(value, dict) and value:
+        flat: dict[str, Any] = {}
+        for key, item in value.items():
+            flat |= flatten(item, f"{prefix}.{key}" if prefix else str(key))
+        return flat
+    return {prefix: value}
+
+
+def contract(config: dict[str, Any]) -> dict[str, Any]:
+    """What a resumed run must share with the run it goes on from, as dotted keys."""
+    bound = {key: config[key] for key in ("seed_everything", "model", "data")}
+    bound["trainer"] = {key: config["trainer"].get(key) for key in BOUND_TRAINER}
+    flat = {key.replace(".init_args.", "."): value for key, value in flatten(bound).items()}
+    return {key: value for key, value in flat.items() if not key.startswith(FREE)}
+
+
+def resolved(cli: FusionCLI) -> dict[str, Any]:
+    """The configuration as config.yaml holds it."""
+    return yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
+
+
+def fit_and_evaluate(cli: FusionCLI) -> None:
+    """Trains (or goes on from `--resume`), evaluates with the best checkpoint, writes and prints the results.
+
+    A run that fails before its first step leaves no folder behind.
+    """
+    run, model = cli.run_folder, cli.model
+    resume = cli.config.resume
+    if resume is not None and not Path(resume).is_file():
+        raise FileNotFoundError(f"--resume={resume}: there is no such checkpoint")
+    model.contract = contract(resolved(cli))
+    with _nothing_half_written(run, cli.trainer):
+        zero_shot = _zero_shot(cli) if model.zero_shot and resume is None else {}
+        cli.trainer.fit(model, cli.datamodule, ckpt_path=resume, weights_only=True)
+    cli.trainer.test(model, cli.datamodule, ckpt_path=str(best_of(run)), weights_only=True, verbose=False)
+    results = {split: zero_shot.get(split, {}) | views for split, views in _metrics(model).items()}
+    _finish(run, cli, results | {"run": _about(cli, best_of(run))})
+
+
+@rank_zero_only
+def _finish(run: Path, cli: FusionCLI, results: dict[str, Any]) -> None:
+    write_environment(run)
+    write_results(run / "results.json", results)
+    for split in (name for name in results if name != "run"):
+        print_table(results, split)
+    for logger in cli.trainer.loggers:
+        logger.finalize("success")
+    print(f"run: {run}")
+
+
+def _metrics(model: RetrievalModule) -> dict[str, dict[str, Any]]:
+    return {split: {view: result.metrics for view, result in views.items()} for split, views in model.results.items()}
+
+
+def _about(cli: FusionCLI, checkpoint: Path) -> dict[str, Any]:
+    return {
+        "seed": cli.config.seed_everything,
+        "commit": environment()["commit"],
+        "manifest": cli.datamodule.manifest_hash,
+        "data": str(cli.datamodule.path),
+        "checkpoint": str(checkpoint),
+        "gains": cli.datamodule.gains,
+        "primary": cli.model.primary,
+    }
+
+
+def _zero_shot(cli: FusionCLI) -> dict[str, Any]:
+    """Every view before any training: what the encoders reach as they come."""
+    cli.trainer.test(cli.model, cli.datamodule, verbose=False)
+    return {
+        split: {f"zero_shot_{view}": metrics for view, metrics in views.items()}
+        for split, views in _metrics(cli.model).items()
+    }
+
+
+@contextlib.contextmanager
+def _nothing_half_written(run: Path, trainer: Trainer) -> Iterator[None]:
+    existed = run.exists()
+    try:
+        yield
+    except BaseException:
+        if not existed and trainer.global_step == 0 and trainer.is_global_zero:
+            shutil.rmtree(run, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                run.parent.rmdir()
+        raise
+
+
+def evaluate_run(run: Path, data: str | None, split: str, out: Path | None, rest: list[str]) -> None:
+    """Evaluates the best checkpoint of `run` on `split` of its own shards or of `data`."""
+    config = run / "config.yaml"
+    if not config.is_file():
+        raise FileNotFoundError(f"RUN={run} is no run: it holds no config.yaml. Runs are folders runs/<exp>/<version>")
+    checkpoint = best_of(run)
+    overrides = [f"--data.init_args.test_splits=[{split}]"] + ([f"--data.init_args.path={data}"] if data else [])
+    cli = FusionCLI.parse([f"--config={config}", *overrides, *rest], None)
+    cli.trainer.test(cli.model, cli.datamodule, ckpt_path=str(checkpoint), weights_only=True, verbose=False)
+    folder = out or run / "eval" / f"{cli.datamodule.manifest_hash[:12]}-{split}"
+    if cli.trainer.is_global_zero:
+        results = {**_metrics(cli.model), "run": _about(cli, checkpoint)}
+        write_results(folder / "results.json", results)
+        print_table(results, split)
+        print(f"results: {folder / 'results.json'}")

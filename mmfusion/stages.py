@@ -1,0 +1,246 @@
+"""What a stage is, which stage a step belongs to, and the callback that switches between them under DDP.
+
+The stage is a pure function of the optimizer step. At a switch (mid-epoch too) the callback sets `requires_grad`, puts
+frozen parts into eval mode, drops their gradients and wraps the module in DDP again: DDP reduces only what was
+trainable when it wrapped, so a plain unfreeze leaves the ranks to drift (lightning #20340). A fresh start and a resumed
+run take the same path: the first batch finds that no stage has been applied.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+Rate = float | Literal["frozen"]
+
+
+@dataclass
+class Until:
+    """Where a stage ends, counted from the start of the run: exactly one of the three.
+
+    Args:
+        epochs: epochs of the stream; a broken number ends the stage mid-epoch
+        steps: optimizer steps
+        fraction: of the run's optimizer steps, in (0, 1]
+    """
+
+    epochs: float | None = None
+    steps: int | None = None
+    fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        if len(given) != 1:
+            raise ValueError(f"until takes exactly one of epochs, steps, fraction; received {given or 'none'}")
+        name, value = next(iter(given.items()))
+        if value <= 0 or (name == "fraction" and value > 1):
+            raise ValueError(f"until.{name} must be positive{', at most 1' if name == 'fraction' else ''}; received {value}")
+
+    def step(self, total_steps: int, steps_per_epoch: float) -> int:
+        """The first optimizer step that no longer belongs to the stage."""
+        if self.steps is not None:
+            return self.steps
+        if self.epochs is not None:
+            return round(self.epochs * steps_per_epoch)
+        assert self.fraction is not None
+        return round(self.fraction * total_steps)
+
+
+@dataclass
+class LossWeights:
+    """Weight of each term in a stage's loss; a term of weight 0 is not computed.
+
+    Args:
+        query_product: the query with the fused product
+        query_text: the query with the product's text
+        query_image: the query with the product's photo
+        text_image: the product's text with its own photo
+    """
+
+    query_product: float = 0.0
+    query_text: float = 0.0
+    query_image: float = 0.0
+    text_image: float = 0.0
+
+    def active(self) -> dict[str, float]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) > 0}
+
+
+@dataclass
+class Group:
+    """Parameters that share a learning rate. The first group whose `match` is found in a parameter's name takes it.
+
+    Args:
+        match: regular expression, searched in names such as product.image.encoder.network.conv_stem.weight
+        rate: peak learning rate, or `frozen`; a stage may give another
+    """
+
+    match: str
+    rate: Rate = "frozen"
+
+
+@dataclass
+class Stage:
+    """A part of the run with its own losses and learning rates.
+
+    Args:
+        until: where the stage ends
+        losses: weight of each loss term
+        rates: learning rates of groups that differ from the group's own; `frozen` is a rate
+        warmup: fraction of the stage over which the rates rise from 0
+        decay: course of the rates after the warm-up, towards 0 at the stage's end
+    """
+
+    until: Until
+    losses: LossWeights
+    rates: dict[str, Rate] = field(default_factory=dict)
+    warmup: float = 0.05
+    decay: Literal["cosine", "linear", "none"] = "cosine"
+
+
+@dataclass
+class StagePlan:
+    """Stages laid over the steps of a run. `ends[i]` is the first step after stage i."""
+
+    names: list[str]
+    ends: list[int]
+
+    @classmethod
+    def lay(cls, stages: Mapping[str, Stage], total_steps: int, steps_per_epoch: float) -> "StagePlan":
+        """Raises ValueError when the stages are empty, out of order, or do not end with the run."""
+        ends = [stage.until.step(total_steps, steps_per_epoch) for stage in stages.values()]
+        laid = ", ".join(f"{name} until step {end}" for name, end in zip(stages, ends, strict=True))
+        if not stages:
+            raise ValueError("model.stages is empty: a run needs at least one stage")
+        if any(end <= start for start, end in zip([0, *ends], ends, strict=False)):
+            raise ValueError(f"every stage must end after the one before it ({laid}; the run has {total_steps} steps)")
+        if ends[-1] != total_steps:
+            raise ValueError(
+                f"the last stage must end with the run: {laid}, but the run has {total_steps} steps. "
+                "Set until: {fraction: 1.0} on the last stage, or trainer.max_steps / trainer.max_epochs to match"
+            )
+        return cls(list(stages), ends)
+
+    def index(self, step: int) -> int:
+        """The stage of optimizer step `step`; steps past the end belong to the last stage."""
+        return min(sum(step >= end for end in self.ends), len(self.ends) - 1)
+
+    def progress(self, step: int) -> float:
+        """How far step is through its stage, in [0, 1)."""
+        i = self.index(step)
+        start = self.ends[i - 1] if i else 0
+        return (step - start) / (self.ends[i] - start)
+
+
+def set_modes(module: nn.Module) -> None:
+    """Train mode where something below is trainable, eval mode (BatchNorm, dropout, augmentation) where all is frozen."""
+    parameters = list(module.parameters())
+    if parameters and not any(p.requires_grad for p in parameters):
+        module.eval()
+        return
+    module.training = True
+    for child in module.children():
+        set_modes(child)
+
+
+def checksum(parameters: Iterable[Tensor]) -> Int[Tensor, "parameter"]:
+    """One integer per parameter from the bits of its values; equal tensors give equal sums on any device."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [p.detach().contiguous().view(bits[p.element_size()]).sum(dtype=torch.int64) for p in parameters]
+    return torch.stack(sums)
+
+
+def check_ranks_agree(module: nn.Module, where: str) -> None:
+    """Raises RuntimeError naming the first parameters whose bits differ between ranks. Called on every rank at once."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    own = checksum(parameters)
+    every = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(every, own)
+    differs = torch.stack([own != other for other in torch.stack(every)]).any(0)
+    if bool(differs.any()):
+        drifted = [name for name, bad in zip(names, differs.tolist(), strict=True) if bad]
+        raise RuntimeError(f"ranks hold different weights {where}: {len(drifted)} parameters, first {drifted[:3]}")
+
+
+def sync_buffers(module: nn.Module) -> None:
+    """Rank 0's buffers (BatchNorm statistics) on every rank, so that all evaluate and save the same model."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for buffer in module.buffers():
+            torch.distributed.broadcast(buffer, src=0)
+
+
+def summarise(names: Iterable[str]) -> str:
+    """Parameter names as the parts of the model they belong to: `product.fusion (12), losses.query_product (1)`."""
+    counts: dict[str, int] = {}
+    for name in names:
+        part = re.sub(r"^((?:product|losses)\.[^.]+|[^.]+)(?:\.(encoder|projection))?.*", r"\1.\2", name).rstrip(".")
+        counts[part] = counts.get(part, 0) + 1
+    return ", ".join(f"{part} ({count})" for part, count in counts.items()) or "none"
+
+
+class StageSwitch(Callback):
+    """Applies the stage of the current step before the step's forward pass, on every rank.
+
+    The module offers `stage_plan` (StagePlan) and `trainable(stage index, batch) -> set of parameter names`.
+    """
+
+    def __init__(self) -> None:
+        self.applied: int | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.applied = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        index = pl_module.stage_plan.index(trainer.global_step)
+        if index != self.applied:
+            self.apply(trainer, pl_module, index, batch)
+            self.applied = index
+
+    def apply(self, trainer: Trainer, module: LightningModule, index: int, batch: Any) -> None:
+        name = module.stage_plan.names[index]
+        check_ranks_agree(module, f"before stage {name!r}")
+        trainable = module.trainable(index, batch)
+        if not trainable:
+            raise ValueError(f"stage {name!r} trains nothing: every group that its losses reach is frozen")
+        for parameter_name, parameter in module.named_parameters():
+            parameter.requires_grad_(parameter_name in trainable)
+            if parameter_name not in trainable:
+                parameter.grad = None
+        set_modes(module)
+        module.on_stage(index)
+        wrap_again(trainer)
+        frozen = [n for n, p in module.named_parameters() if not p.requires_grad]
+        rank_zero_info(
+            f"stage {name}: from step {trainer.global_step} to {module.stage_plan.ends[index]}; "
+            f"trains {summarise(trainable)}; frozen {summarise(frozen)}"
+        )
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_ranks_agree(pl_module, f"at step {trainer.global_step}")
+        sync_buffers(pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_ranks_agree(pl_module, "at the end of training")
+        sync_buffers(pl_module)
+
+
+def wrap_again(trainer: Trainer) -> None:
+    """A new DDP wrapper over what is trainable now; the old one's reducer is dropped first.
+
+    Private calls of Lightning 2.6 (pinned in pyproject.toml, covered by tests/mmfusion/test_stages_ddp.py).
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, DDPStrategy) and strategy.model is not None and strategy.model is not strategy.lightning_module:
+        assert strategy.lightning_module is not None
+        strategy.model = None
+        strategy.model = strategy._setup_model(strategy.lightning_module)
+        strategy._register_ddp_hooks()

@@ -1,0 +1,73 @@
+"""What is kept equals what would be computed, and is forgotten when weights change."""
+
+import pytest
+import torch
+from torch import nn
+
+from mmfusion.encoders import Encoded
+from mmfusion.features import FeatureMemo
+
+
+class Encoder(nn.Module):
+    """A product's id as a vector, times a weight; tokens as many as the id's last digit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.calls: list[int] = []
+        self.eval()
+
+    def forward(self, ids: torch.Tensor) -> Encoded:
+        self.calls += ids.tolist()
+        length = int((ids % 10).max()) + 1
+        mask = torch.arange(length) <= (ids % 10)[:, None]
+        tokens = mask[..., None] * ids[:, None, None] * self.weight.repeat(2)
+        return Encoded(ids[:, None] * self.weight, tokens, mask)
+
+
+def remember(memo: FeatureMemo, encoder: Encoder, ids: torch.Tensor) -> Encoded:
+    return memo(encoder, ids, lambda rows: encoder(ids[rows]))
+
+
+@pytest.mark.parametrize("keep_tokens", [False, True])
+def test_kept_outputs_equal_fresh_ones_and_nothing_is_encoded_twice(keep_tokens):
+    memo, encoder = FeatureMemo(keep_tokens, 1.0), Encoder()
+    for ids in torch.tensor([[3, 1, 4, 1], [4, 29, 3, 8], [100_000, 3, 29, 1]]):
+        got, fresh = remember(memo, encoder, ids), Encoder()(ids)
+        assert torch.equal(got.pooled, fresh.pooled)
+        length = fresh.mask.shape[1] if keep_tokens else 0
+        assert torch.equal(got.tokens[:, :length], fresh.tokens[:, :length])
+        assert torch.equal(got.mask[:, :length], fresh.mask[:, :length])
+        assert not got.mask[:, length:].any()
+    assert sorted(set(encoder.calls)) == [1, 3, 4, 8, 29, 100_000]
+    assert len(encoder.calls) == 6 + 1  # id 1 stood twice in the first batch, before anything was kept
+    assert memo.hits == 2 + 3
+
+
+def test_changed_weights_are_noticed():
+    memo, encoder = FeatureMemo(False, 1.0), Encoder()
+    ids = torch.tensor([5, 6])
+    memo.sync(encoder)
+    remember(memo, encoder, ids)
+    memo.sync(encoder)
+    assert memo.count == 2
+    encoder.weight[0] += 1
+    memo.sync(encoder)
+    assert memo.count == 0
+    assert torch.equal(remember(memo, encoder, ids).pooled, encoder(ids).pooled)
+
+
+def test_a_trainable_or_training_encoder_is_never_kept():
+    memo, encoder = FeatureMemo(False, 1.0), Encoder()
+    encoder.train()
+    remember(memo, encoder, torch.tensor([1]))
+    encoder.eval().requires_grad_(True)
+    assert remember(memo, encoder, torch.tensor([1])).pooled.requires_grad
+    assert memo.count == 0
+
+
+def test_past_its_limit_it_computes_and_still_agrees():
+    memo, encoder = FeatureMemo(False, 4 * 3 * 4 / 2**30), Encoder()  # room for four vectors
+    for ids in (torch.arange(3), torch.arange(2, 6), torch.arange(6)):
+        assert torch.equal(remember(memo, encoder, ids).pooled, Encoder()(ids).pooled)
+    assert memo.count == 3
