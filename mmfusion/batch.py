@@ -11,7 +11,7 @@ Ids are dense int64: `id` of a product is its row in index.parquet, of a query i
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -110,6 +110,7 @@ class Judgments:
     unlisted: Literal["irrelevant", "unknown"]
 
 
+@runtime_checkable
 class RetrievalData(Protocol):
     """What a model asks of a datamodule besides batches; datamodules.tuples.TupleDataModule is one."""
 

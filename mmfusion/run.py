@@ -18,6 +18,7 @@ import mmfusion.fusion  # noqa: F401  (class names on the command line are those
 import mmfusion.losses
 from mmfusion.checkpoints import BestCheckpoint, LastCheckpoint, best_of
 from mmfusion.environment import environment, write_environment
+from mmfusion.examples import ExampleTable
 from mmfusion.loggers import Wandb, make_loggers
 from mmfusion.module import RetrievalModule
 from mmfusion.progress import RunProgress
@@ -70,6 +71,7 @@ class FusionCLI(LightningCLI):
         if self.run_folder is not None:
             folder = self.run_folder / "checkpoints"
             callbacks += [BestCheckpoint(folder), LastCheckpoint(folder, self.config.checkpoint_steps)]
+            callbacks.append(ExampleTable())
             kwargs["logger"] = make_loggers(self.run_folder, self.config_init.wandb)
         self.trainer_defaults["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
@@ -122,7 +124,15 @@ def _finish(run: Path, cli: FusionCLI, results: dict[str, Any]) -> None:
     write_results(run / "results.json", results)
     for split in (name for name in results if name != "run"):
         print_table(results, split)
+    final = {
+        f"final/{split}/{view}/{name}": cell["value"]
+        for split, views in results.items()
+        if split != "run"
+        for view, metrics in views.items()
+        for name, cell in metrics.items()
+    }
     for logger in cli.trainer.loggers:
+        logger.log_metrics(final, cli.trainer.global_step)
         logger.finalize("success")
     print(f"run: {run}")
 

@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 from mmfusion.batch import ProductBatch
 from mmfusion.encoders import Encoded, ImageEncoder, TextEncoder
 from mmfusion.fusion import FusionHead
+from mmfusion.losses.functional import widened
 
 MODALITIES = ("text", "image")
 
@@ -50,7 +51,7 @@ class View(nn.Module):
 
     def project(self, encoded: Encoded) -> Encoded:
         """Unit-norm pooled vectors (product, dim), in fp32 under autocast too; tokens (product, token, dim)."""
-        pooled = normalize(self.projection(encoded.pooled).float(), dim=-1)
+        pooled = normalize(widened(self.projection(encoded.pooled)), dim=-1)
         if self.token_projection is None:
             return Encoded(pooled, pooled.new_zeros(len(pooled), 0, pooled.shape[1]), encoded.mask[:, :0])
         return Encoded(pooled, self.token_projection(encoded.tokens), encoded.mask)
@@ -99,7 +100,7 @@ class ProductTower(nn.Module):
     def fuse(self, projected: dict[str, Encoded], present: Bool[Tensor, "product 2"]) -> Float[Tensor, "product dim"]:
         """The view `fused`, as unit vectors, in fp32 under autocast too."""
         assert self.fusion is not None
-        return normalize(self.fusion(projected["text"], projected["image"], present).float(), dim=-1)
+        return normalize(widened(self.fusion(projected["text"], projected["image"], present)), dim=-1)
 
     def forward(self, batch: ProductBatch) -> dict[str, Float[Tensor, "product dim"]]:
         """Every view of the products, as unit vectors."""

@@ -1,0 +1,1 @@
+"""Exact search over the corpus, metrics with the true ideal, intervals, tables."""

@@ -1,0 +1,214 @@
+"""The LightningDataModule: training tuples in the plan's order, and evaluation of queries against a whole corpus."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Int64
+from lightning.pytorch import LightningDataModule
+
+from datamodules.batches import Look, Reader
+from datamodules.loaders import EVALUATION, CorpusLoader, QueryLoader, Share, TupleLoader
+from datamodules.plan import Plan, Slots, draws, hashed
+from datamodules.shards import Shards
+from mmfusion.batch import Judgments, ProductBatch
+
+Modality = Literal["text", "image"]
+ORDER = ("seed", "batch_size", "epoch", "streams", "window", "damping", "manifest")  # what decides who comes when
+
+
+class TupleDataModule(LightningDataModule):
+    """Implements mmfusion.batch.RetrievalData. `val_loaders` and `test_loaders` say what each evaluation loader yields.
+
+    Args:
+        path: folder of shards.
+        batch_size: the global contrastive batch; each rank takes batch_size / ranks. A multiple of `streams`.
+        text_fields: fields of the products' texts, joined by a space.
+        image_size: of the photos, in pixels: both sides, or (height, width). Photos are squashed into it.
+        modalities: what is shown of a product; the other is absent everywhere.
+        epoch: what an epoch counts: each trainable product once, or each of its (query, product) pairs.
+        damping: a query is drawn in proportion to gain x frequency ^ -damping; 0: by gain alone.
+        seed: of the order, the queries drawn and the products' draws.
+        streams: runs that an epoch is cut into; a multiple of the number of ranks.
+        window: samples among which a run is shuffled.
+        workers: processes per rank that read and decode; 0: the training process itself.
+        photo_cache_mib: memory per rank for decoded photos, so that they are decoded once a run; 0: none.
+        max_broken: fraction of an epoch's photos that may fail to decode before training stops.
+        eval_batch_size: rows per rank of an evaluation batch.
+        val_corpus: what is searched in validation: "all" products, or "judged+N": those judged in val and N others.
+        test_splits: splits that a test evaluates; by default all but train.
+    """
+
+    def __init__(
+        self,
+        path: str = "data/demo",
+        batch_size: int = 512,
+        text_fields: Sequence[str] = ("title",),
+        image_size: int | tuple[int, int] = 64,
+        modalities: Sequence[Modality] = ("text", "image"),
+        epoch: Literal["products", "pairs"] = "products",
+        damping: float = 0.5,
+        seed: int = 0,
+        streams: int = 8,
+        window: int = 16384,
+        workers: int = 0,
+        photo_cache_mib: int = 1024,
+        max_broken: float = 0.01,
+        eval_batch_size: int = 512,
+        val_corpus: str = "all",
+        test_splits: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.path, self.batch_size, self.seed = Path(path), batch_size, seed
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.look = Look(tuple(text_fields), size, "text" in modalities, "image" in modalities)
+        self.epoch, self.damping, self.streams, self.window = epoch, damping, streams, window
+        self.workers, self.photo_cache_mib, self.max_broken = workers, photo_cache_mib, max_broken
+        self.eval_batch_size, self.val_corpus, self.test_splits = eval_batch_size, val_corpus, test_splits
+        self._check_options(modalities)
+        self._loader: TupleLoader | None = None
+
+    def _check_options(self, modalities: Sequence[str]) -> None:
+        least = {"image_size": (min(self.look.image_size), 1), "eval_batch_size": (self.eval_batch_size, 1)}
+        least |= {"workers": (self.workers, 0), "photo_cache_mib": (self.photo_cache_mib, 0)}
+        for name, (value, minimum) in least.items():
+            if value < minimum:
+                raise ValueError(f"data.{name} is {value}; expected at least {minimum}")
+        if not 0 <= self.max_broken <= 1:
+            raise ValueError(f"data.max_broken is {self.max_broken}; expected a fraction from 0 to 1")
+        if not modalities or set(modalities) - {"text", "image"}:
+            raise ValueError(f"data.modalities is {list(modalities)}; expected text, image or both")
+        if not re.fullmatch(r"all|judged\+\d+", self.val_corpus):
+            raise ValueError(f"data.val_corpus is {self.val_corpus!r}; expected all, or judged+N such as judged+10000")
+
+    def setup(self, stage: str) -> None:
+        """Opens the shards; raises ValueError when they do not have what the options ask for."""
+        if "shards" not in self.__dict__:
+            self._open()
+        if stage == "fit":
+            shards = len(self.shards.manifest.shards)
+            self.slots = Slots.of(self.shards.index.shard, self.shards.index.pairs, self.epoch)
+            self.plan = Plan(self.slots.per_shard(shards), self.seed, self.batch_size, self.streams, self.window)
+            self.plan.batch(0, 0, self._rank, self._ranks)
+
+    def _open(self) -> None:
+        shards = Shards.open(self.path)
+        unknown = [name for name in self.look.text_fields if name not in shards.manifest.fields]
+        if unknown or not self.look.text_fields:
+            raise ValueError(
+                f"data.text_fields is {list(self.look.text_fields)}; {self.path} has {', '.join(shards.manifest.fields)}"
+            )
+        splits = list(shards.manifest.splits)
+        for split in self.test_splits or []:
+            if split not in splits:
+                raise ValueError(f"data.test_splits names {split!r}; {self.path} has the splits {', '.join(splits)}")
+        tested = [split for split in splits if split != "train"] if self.test_splits is None else self.test_splits
+        self.val_loaders = ["queries/val", "corpus"] if "val" in splits else []
+        self.test_loaders = ["corpus", *(f"queries/{split}" for split in tested)]
+        self.reader = Reader(shards, self.look, self.damping, self.photo_cache_mib)
+        self.shards, self.manifest_hash = shards, shards.manifest.hash
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
+
+    @property
+    def _ranks(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+    def _progress(self) -> tuple[int, int]:
+        """Epoch, and steps of it that are done."""
+        if self.trainer is None:
+            return 0, 0
+        return self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+
+    def train_dataloader(self) -> TupleLoader:
+        self._loader = TupleLoader(
+            self.plan,
+            self.slots,
+            self.reader,
+            self._progress,
+            self._rank,
+            self._ranks,
+            self.workers,
+            self.max_broken,
+        )
+        return self._loader
+
+    def teardown(self, stage: str) -> None:
+        if stage == "fit" and self._loader is not None:
+            self._loader.close()
+
+    def val_dataloader(self) -> list[QueryLoader | CorpusLoader]:
+        return [self._evaluation(name, self.val_corpus) for name in self.val_loaders]
+
+    def test_dataloader(self) -> list[QueryLoader | CorpusLoader]:
+        return [self._evaluation(name, "all") for name in self.test_loaders]
+
+    def _evaluation(self, name: str, corpus: str) -> QueryLoader | CorpusLoader:
+        return self.corpus_loader(corpus) if name == "corpus" else self.query_loader(name.removeprefix("queries/"))
+
+    def query_loader(self, split: str) -> QueryLoader:
+        """This rank's queries of a split; over all ranks each once, in batches of equal length on every rank."""
+        ids = Share.of(self.shards.queries.of(split).astype(np.int64), self._rank, self._ranks)
+        return QueryLoader(self.reader, ids, self.eval_batch_size)
+
+    def corpus_loader(self, corpus: str = "all") -> CorpusLoader:
+        """This rank's products of the corpus; over all ranks each once, in batches of equal length on every rank."""
+        ids = Share.of(self.corpus_ids(corpus), self._rank, self._ranks)
+        return CorpusLoader(self.reader, ids, self.eval_batch_size, self.seed, self.workers)
+
+    def corpus_ids(self, corpus: str) -> Int64[np.ndarray, "product"]:
+        """Dense ids of a corpus, ascending: "all", or "judged+N" with N products that no val query is judged on."""
+        products = np.arange(len(self.shards))
+        if corpus == "all":
+            return products
+        judged = np.unique(self.shards.judgments("val").product)
+        others = np.setdiff1d(products, judged)
+        drawn = others[np.argsort(hashed(self.seed, EVALUATION, others), kind="stable")]
+        return np.union1d(judged, drawn[: int(corpus.removeprefix("judged+"))])
+
+    def products(self, ids: Int64[np.ndarray, "product"]) -> ProductBatch:
+        """Any products, as evaluation sees them."""
+        return self.reader.products(ids, draws(self.seed, EVALUATION, ids))[0]
+
+    def query_texts(self, ids: Int64[np.ndarray, "query"]) -> list[str]:
+        return self.reader.queries(ids).text
+
+    def texts(self) -> Iterator[str]:
+        for id in np.flatnonzero(self.shards.index.trainable):
+            yield self.reader.text(self.shards.read(int(id)))
+        for id in self.shards.queries.of("train"):
+            yield str(self.shards.queries.query[id])
+
+    def judgments(self, split: str) -> Judgments:
+        return self.shards.judgments(split)
+
+    def product_ids(self) -> list[str]:
+        return self.shards.index.product_id.tolist()
+
+    @property
+    def gains(self) -> dict[str, Any]:
+        """Per label column: what its labels are worth (None: numbers, their own gains), and the least positive gain."""
+        return {name: asdict(label) for name, label in self.shards.manifest.labels.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides the order, the same on every rank; the position in it is the trainer's."""
+        return {name: self._order(name) for name in ORDER}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError when a resumed fit would not continue in the same order."""
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return
+        for name in ORDER:
+            if state_dict[name] != self._order(name):
+                raise ValueError(
+                    f"the checkpoint was trained with data.{name}={state_dict[name]}, this run has "
+                    f"{self._order(name)}: resume with the same, or start a new run"
+                )
+
+    def _order(self, name: str) -> Any:
+        return self.manifest_hash if name == "manifest" else getattr(self, name)

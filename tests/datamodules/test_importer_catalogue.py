@@ -1,0 +1,83 @@
+"""The catalogue importer as a user meets it: what it prints, what it refuses, and the real benchmark."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from datamodules.catalogue import read_catalogue
+from datamodules.importers.catalogue import convert
+from datamodules.manifest import SPLITS, Label
+from datamodules.shards import Shards
+from datamodules.summary import histogram, print_summary
+from tests.datamodules.small import small_catalogue
+
+
+def test_summary_tells_what_was_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = small_catalogue(tmp_path / "small", labels=("label", "stars"))
+    (folder / "images" / "p1.png").unlink()
+    (folder / "images" / "p2.png").write_bytes(b"")
+    manifest = convert(str(folder), str(tmp_path / "out"), on_broken_photo="drop")
+    console = Console(record=True, width=200)
+    print_summary(read_catalogue(folder), manifest, tmp_path / "out", console)
+    told = console.export_text()
+    assert "64 products in 16 shards; 54 with a photo, 1 name a file that is missing, 1 photos are broken" in told
+    assert "to train on, by relevance: 48 products in 48 pairs" in told
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in told.splitlines() if "│" in line]
+    assert ["train", "12", "0", "192", "unknown"] in rows
+    assert ["test", "2", "0", "32", "irrelevant"] in rows
+    assert ["relevance", "train", "E 48, S 144"] in rows
+    assert ["stars", "val", "5 8, 1 24"] in rows
+    assert "64 products" in capsys.readouterr().out
+
+
+def test_options_reach_the_shards(tmp_path: Path) -> None:
+    folder = small_catalogue(tmp_path / "small", labels=("label", "stars"))
+    manifest = convert(
+        str(folder), str(tmp_path / "out"), seed=3, shard_size=8, gains={"relevance": {"E": 2, "S": 1}},
+        positive_from={"stars": 5}, primary="stars", unlisted={"train": "irrelevant"},
+    )  # fmt: skip
+    assert manifest.seed == 3
+    assert [shard.products for shard in manifest.shards] == [8] * 8
+    assert manifest.labels == {"stars": Label(None, 5.0), "relevance": Label({"E": 2.0, "S": 1.0}, 1.0)}
+    assert manifest.primary == Shards.open(tmp_path / "out").manifest.primary == "stars"
+    assert manifest.splits["train"].unlisted == "irrelevant"
+    assert sum(shard.pairs for shard in manifest.shards) == 48
+
+
+def test_a_mistake_leaves_nothing(tmp_path: Path) -> None:
+    folder = small_catalogue(tmp_path / "small")
+    (folder / "images" / "p63.png").write_bytes(b"GIF89a and no more")
+    with pytest.raises(ValueError, match=r"'p63\.png'"):
+        convert(str(folder), str(tmp_path / "deep" / "out"))
+    assert not list((tmp_path / "deep").iterdir())
+
+
+def test_histogram() -> None:
+    letters = Label({"E": 1.0, "S": 0.1, "C": 0.0, "I": 0.0}, 1.0)
+    assert histogram(np.array([1, 0.1, 0, 0, np.nan, 1, 1]), letters) == "E 3, S 1, C/I 2"
+    assert histogram(np.array([5, 1, 5, np.nan]), Label(None, 1.0)) == "5 2, 1 1"
+    assert histogram(np.arange(101.0), Label(None, 1.0)) == "101 numbers, quartiles 0 25 50 75 100"
+
+
+@pytest.mark.data
+def test_what_the_fashion_benchmark_holds(fashion: Path) -> None:
+    catalogue = read_catalogue(fashion)
+    pairs = (catalogue.split_of_judgment == SPLITS.index("train")) & catalogue.positive("relevance")
+    assert len(catalogue.products) == 39435
+    assert (pairs.sum(), len(np.unique(catalogue.product[pairs]))) == (211040, 28630)
+    assert len(catalogue.shared_queries) == 1
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_the_fashion_benchmark_imported(fashion: Path, tmp_path: Path) -> None:
+    """The counts that its authors state; 25 seconds on one core."""
+    manifest = convert(str(fashion), str(tmp_path / "shards"))
+    assert (manifest.products, manifest.photos, len(manifest.shards)) == (39435, 39435, 20)
+    assert sum(shard.trainable for shard in manifest.shards) == 28630
+    assert sum(shard.pairs for shard in manifest.shards) == 211040
+    shards = Shards.open(tmp_path / "shards")
+    assert [len(shards.queries.of(split)) for split in ("train", "val", "test")] == [6622, 481, 411]
+    assert set(np.unique(shards.judgments("test").gain["relevance"])) == {0.1, 1.0}

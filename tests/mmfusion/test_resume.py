@@ -1,0 +1,108 @@
+"""A run that goes on from a checkpoint, in any stage, ends where the straight run ends, bit for bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Callback
+
+from mmfusion.optim import Optim
+from tests.ddp import run_ranks
+from tests.small_run import small_data, small_module, small_shards, small_trainer, three_stages, weights
+
+STEPS = 8
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    return small_shards(tmp_path_factory.mktemp("small"))
+
+
+class SaveAt(Callback):
+    """Saves a checkpoint after some steps, as a crash would leave it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+
+def straight(shards: Path, folder: Path, **options) -> dict[str, torch.Tensor]:
+    module = small_module(dropout=0.1, augment="light", modality_dropout=0.3)
+    small_trainer(folder, SaveAt(folder), steps=STEPS, **options).fit(module, small_data(shards))
+    return weights(module)
+
+
+def resumed(shards: Path, folder: Path, step: int, **options) -> dict[str, torch.Tensor]:
+    module = small_module(dropout=0.1, augment="light", modality_dropout=0.3)
+    trainer = small_trainer(folder, steps=STEPS, **options)
+    trainer.fit(module, small_data(shards), ckpt_path=folder / f"{step}.ckpt", weights_only=True)
+    return weights(module)
+
+
+@pytest.fixture(scope="module")
+def run(shards, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    return folder, straight(shards, folder)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 7])
+def test_resumed_in_any_stage_and_on_its_border(run, shards, step):
+    folder, expected = run
+    got = resumed(shards, folder, step)
+    assert [name for name in expected if not torch.equal(got[name], expected[name])] == []
+
+
+def test_dropout_and_augmentation_are_at_work(shards, tmp_path, run):
+    """Else the test above would prove less than it says."""
+    module = small_module()
+    small_trainer(tmp_path, steps=STEPS).fit(module, small_data(shards))
+    assert any(not torch.equal(weights(module)[name], weight) for name, weight in run[1].items())
+
+
+def both(rank: int, world: int, shards: Path, folder: Path) -> tuple[dict, dict]:
+    options = {"devices": world, "strategy": "ddp"}
+    return straight(shards, folder, **options), resumed(shards, folder, 4, **options)
+
+
+def test_two_ranks_resume_exactly(shards, tmp_path):
+    for expected, got in run_ranks(both, 2, shards, tmp_path, timeout=120):
+        assert [name for name in expected if not torch.equal(got[name], expected[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("contract", "options", "data", "said"),
+    [
+        ({"model.dim": 16}, {}, {}, "model.dim: the checkpoint has None, this run 16"),
+        ({}, {}, {"batch_size": 8}, "batch_size"),
+        ({}, {}, {"seed": 3}, "seed"),
+    ],
+)
+def test_going_on_as_another_run_is_refused(run, shards, contract, options, data, said):
+    folder, _ = run
+    module = small_module(**options)
+    module.contract = contract
+    trainer = small_trainer(folder, steps=STEPS)
+    with pytest.raises(ValueError, match=said):
+        trainer.fit(module, small_data(shards, **data), ckpt_path=folder / "2.ckpt", weights_only=True)
+    assert trainer.global_step == 0
+
+
+def test_another_manifest_is_refused(run, tmp_path):
+    folder, _ = run
+    other = small_shards(tmp_path, products=128)
+    with pytest.raises(ValueError, match="manifest"):
+        small_trainer(folder, steps=STEPS).fit(
+            small_module(), small_data(other), ckpt_path=folder / "2.ckpt", weights_only=True
+        )
+
+
+def test_an_evaluation_of_a_checkpoint_is_bound_to_nothing(run, tmp_path):
+    folder, _ = run
+    module = small_module(stages=three_stages(2, 4), optim=Optim(weight_decay=0.3))
+    small_trainer(folder).test(
+        module, small_data(small_shards(tmp_path, products=128), batch_size=8), ckpt_path=folder / "8.ckpt",
+        weights_only=True, verbose=False,
+    )  # fmt: skip
+    assert set(module.results) == {"val", "test"}
