@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from datamodules.photos import PhotoError, decode_photo
@@ -26,12 +26,13 @@ class Broken(NamedTuple):
     product_id: str
 
 
-class Slot(NamedTuple):
-    """What to read for a share of a step: products, which of their slots (number of count), and their draws."""
+@dataclass(frozen=True)
+class Request:
+    """What to read for a share of a step: products, which of their slots (`number` of `slots`), and their draws."""
 
     product: Int64[np.ndarray, "tuple"]
     number: Int64[np.ndarray, "tuple"]
-    count: Int64[np.ndarray, "tuple"]
+    slots: Int64[np.ndarray, "tuple"]
     draw: Int64[np.ndarray, "tuple"]
 
 
@@ -89,12 +90,12 @@ class Reader:
     ) -> tuple[ProductBatch, list[Broken]]:
         return self._products(ids, draw, [self.shards.read(int(id)) for id in ids])
 
-    def tuples(self, slot: Slot) -> tuple[TupleBatch, list[Broken]]:
+    def tuples(self, request: Request) -> tuple[TupleBatch, list[Broken]]:
         """One tuple for each slot: the product with one query of its train positives."""
-        samples = [self.shards.read(int(id)) for id in slot.product]
-        where = points(slot.draw, slot.number, slot.count).tolist()
+        samples = [self.shards.read(int(id)) for id in request.product]
+        where = points(request.draw, request.number, request.slots).tolist()
         query = np.array([self._query(*row) for row in zip(samples, where, strict=True)], dtype=np.int64)
-        products, broken = self._products(slot.product, slot.draw, samples)
+        products, broken = self._products(request.product, request.draw, samples)
         return TupleBatch(self.queries(query), products, self._judged(samples)), broken
 
     def text(self, sample: Sample) -> str:
@@ -155,7 +156,7 @@ class Reader:
         judged = {}
         for column, label in self.shards.manifest.labels.items():
             gain = np.concatenate([sample.judgments[column] for sample in samples])
-            listed: Bool[np.ndarray, "listed"] = gain > 0  # not where NaN: not judged in this column
+            listed = gain > 0  # not where NaN: not judged in this column
             judged[column] = Judged(
                 product=torch.from_numpy(row[listed]),
                 query_id=torch.from_numpy(query[listed]),
@@ -184,7 +185,8 @@ def joined(parts: Sequence[TupleBatch]) -> TupleBatch:
 
 
 def _concatenated(parts: Sequence[B]) -> B:
-    return type(parts[0])(**{f.name: _cat([getattr(part, f.name) for part in parts]) for f in fields(parts[0])})
+    columns: dict[str, Any] = {f.name: _cat([getattr(part, f.name) for part in parts]) for f in fields(parts[0])}
+    return type(parts[0])(**columns)
 
 
 def _cat(values: list[Any]) -> Tensor | list[str]:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.batches import Broken, Reader, Slot, joined
+from datamodules.batches import Broken, Reader, Request, joined
 from datamodules.plan import Plan, Slots, draws
 from mmfusion.batch import ProductBatch, QueryBatch, TupleBatch
 
@@ -23,7 +23,7 @@ EVALUATION = -1  # the epoch of evaluation draws: fixed, and no training epoch
 
 
 class _Reading(Dataset[Any]):
-    """A request (positions, ids) -> what `read` makes of it; runs in the workers."""
+    """A request -> what `read` makes of it; runs in the workers."""
 
     def __init__(self, read: Callable[[Any], Any]) -> None:
         self.read = read
@@ -93,13 +93,13 @@ class _Shares:
         self.plan, self.slots, self.rank, self.ranks, self.shares = plan, slots, rank, ranks, shares
         self.epoch = self.step = 0
 
-    def __iter__(self) -> Iterator[Slot]:
+    def __iter__(self) -> Iterator[Request]:
         epoch = self.epoch
         for step in range(self.step, self.plan.steps):
             positions = self.plan.batch(epoch, step, self.rank, self.ranks)
             for part in np.array_split(positions, self.shares):
-                product, number, count = self.slots.at(part)
-                yield Slot(product, number, count, draws(self.plan.seed, epoch, product))
+                product, number, slots = self.slots.at(part)
+                yield Request(product, number, slots, draws(self.plan.seed, epoch, product))
 
 
 class TupleLoader:
@@ -115,6 +115,7 @@ class TupleLoader:
         slots: Slots,
         reader: Reader,
         progress: Callable[[], tuple[int, int]],
+        *,
         rank: int = 0,
         ranks: int = 1,
         workers: int = 0,

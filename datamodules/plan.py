@@ -3,16 +3,17 @@
 An epoch shuffles the shards, lays them end to end and cuts the line into `streams` runs that differ by at most one
 sample. Within a run samples are shuffled by a window. Batch k, the *global* contrastive batch, takes the same share of
 each run; a rank owns consecutive runs. So the samples of a step do not depend on the number of ranks or workers, and
-to resume at (epoch, step) costs nothing. The construction follows MosaicML Streaming's canonical nodes, over plain tars.
+to resume at (epoch, step) costs nothing. The idea is that of MosaicML Streaming's canonical nodes, over plain tars.
 
 All randomness is a hash (splitmix64) of (seed, epoch, what is drawn): the same on every machine and version of numpy.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Int64, Integer, UInt64
+from jaxtyping import Float, Int64, Integer, UInt64
 
 ORDER_OF_SHARDS, ORDER_OF_SAMPLES, DRAW, CHOICE = range(4)  # what a hash is for, so that no two draws are related
 
@@ -26,7 +27,7 @@ def splitmix64(state: UInt64[np.ndarray, "key"]) -> UInt64[np.ndarray, "key"]:
 
 
 def hashed(*keys: int | Integer[np.ndarray, "key"]) -> UInt64[np.ndarray, "..."]:
-    """A random 64-bit number for each combination of keys (integers, negative ones too; an array of them broadcasts)."""
+    """A random 64-bit number for each combination of keys (integers, also negative; an array broadcasts)."""
     value = np.zeros(1, np.uint64)
     for key in keys:
         value = splitmix64(value ^ np.asarray(key).astype(np.int64).view(np.uint64))
@@ -79,7 +80,7 @@ class Slots:
         epoch: Literal["products", "pairs"],
     ) -> "Slots":
         """From the index: each product's shard (ascending) and number of train positives; 0 is not trainable."""
-        trainable: Bool[np.ndarray, "product"] = pairs > 0
+        trainable = pairs > 0
         product = np.flatnonzero(trainable).astype(np.int64)
         count = np.ones(len(product), np.int64) if epoch == "products" else pairs[trainable].astype(np.int64)
         return cls(product, shard[trainable], np.cumsum(count))
@@ -151,7 +152,7 @@ class Plan:
         line = self._line(epoch)
         cuts = np.arange(self.streams + 1) * len(line) // self.streams
         used = self.steps * (self.size // self.streams)
-        runs = [self._windowed(epoch, line[start:end])[:used] for start, end in zip(cuts, cuts[1:], strict=False)]
+        runs = [self._windowed(epoch, line[start:end])[:used] for start, end in pairwise(cuts)]
         return np.stack(runs).reshape(self.streams, self.steps, -1)
 
     def _line(self, epoch: int) -> Int64[np.ndarray, "position"]:

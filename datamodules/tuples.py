@@ -1,14 +1,16 @@
 """The LightningDataModule: training tuples in the plan's order, and evaluation of queries against a whole corpus."""
 
 import re
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from jaxtyping import Int64
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.loops.progress import _ProcessedTracker
 
 from datamodules.batches import Look, Reader
 from datamodules.loaders import EVALUATION, CorpusLoader, QueryLoader, Share, TupleLoader
@@ -45,6 +47,7 @@ class TupleDataModule(LightningDataModule):
     def __init__(
         self,
         path: str = "data/demo",
+        *,
         batch_size: int = 512,
         text_fields: Sequence[str] = ("title",),
         image_size: int | tuple[int, int] = 64,
@@ -69,7 +72,7 @@ class TupleDataModule(LightningDataModule):
         self.workers, self.photo_cache_mib, self.max_broken = workers, photo_cache_mib, max_broken
         self.eval_batch_size, self.val_corpus, self.test_splits = eval_batch_size, val_corpus, test_splits
         self._check_options(modalities)
-        self._loader: TupleLoader | None = None
+        self._loader: Callable[[], TupleLoader | None] = lambda: None
 
     def _check_options(self, modalities: Sequence[str]) -> None:
         least = {"image_size": (min(self.look.image_size), 1), "eval_batch_size": (self.eval_batch_size, 1)}
@@ -99,7 +102,8 @@ class TupleDataModule(LightningDataModule):
         unknown = [name for name in self.look.text_fields if name not in shards.manifest.fields]
         if unknown or not self.look.text_fields:
             raise ValueError(
-                f"data.text_fields is {list(self.look.text_fields)}; {self.path} has {', '.join(shards.manifest.fields)}"
+                f"data.text_fields is {list(self.look.text_fields)}; "
+                f"{self.path} has {', '.join(shards.manifest.fields)}"
             )
         splits = list(shards.manifest.splits)
         for split in self.test_splits or []:
@@ -123,24 +127,28 @@ class TupleDataModule(LightningDataModule):
         """Epoch, and steps of it that are done."""
         if self.trainer is None:
             return 0, 0
-        return self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        done = cast(_ProcessedTracker, self.trainer.fit_loop.epoch_loop.batch_progress.current)
+        return self.trainer.current_epoch, done.processed
 
     def train_dataloader(self) -> TupleLoader:
-        self._loader = TupleLoader(
+        loader = TupleLoader(
             self.plan,
             self.slots,
             self.reader,
             self._progress,
-            self._rank,
-            self._ranks,
-            self.workers,
-            self.max_broken,
+            rank=self._rank,
+            ranks=self._ranks,
+            workers=self.workers,
+            max_broken=self.max_broken,
         )
-        return self._loader
+        # Weak, as the loader refers to this module: in a cycle its workers would be collected by force, 5 s each.
+        self._loader = weakref.ref(loader)
+        return loader
 
     def teardown(self, stage: str) -> None:
-        if stage == "fit" and self._loader is not None:
-            self._loader.close()
+        loader = self._loader()
+        if stage == "fit" and loader is not None:
+            loader.close()
 
     def val_dataloader(self) -> list[QueryLoader | CorpusLoader]:
         return [self._evaluation(name, self.val_corpus) for name in self.val_loaders]

@@ -1,9 +1,12 @@
 """`last` for going on, `best` for everything else: the best validation of the primary view in the last stage."""
 
 from pathlib import Path
+from typing import cast
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+from mmfusion.stages import StagedModule
 
 BEST, LAST = "best.ckpt", "last.ckpt"
 
@@ -14,7 +17,8 @@ class LastCheckpoint(ModelCheckpoint):
     def __init__(self, folder: Path, every_n_train_steps: int | None = None) -> None:
         super().__init__(
             dirpath=folder, filename="last", monitor=None, save_top_k=1, every_n_train_steps=every_n_train_steps,
-            every_n_epochs=None if every_n_train_steps else 1, save_on_train_epoch_end=True, enable_version_counter=False,
+            every_n_epochs=None if every_n_train_steps else 1, save_on_train_epoch_end=True,
+            enable_version_counter=False,
         )  # fmt: skip
 
 
@@ -26,7 +30,12 @@ class BestCheckpoint(ModelCheckpoint):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(
-            dirpath=folder, filename="best", monitor="val/primary", mode="max", save_top_k=1, enable_version_counter=False
+            dirpath=folder,
+            filename="best",
+            monitor="val/primary",
+            mode="max",
+            save_top_k=1,
+            enable_version_counter=False,
         )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -38,9 +47,9 @@ class BestCheckpoint(ModelCheckpoint):
             super().on_train_epoch_end(trainer, pl_module)
 
 
-def _in_last_stage(trainer: Trainer, module: LightningModule) -> bool:
+def _in_last_stage(trainer: Trainer, pl_module: LightningModule) -> bool:
     """Whether the weights at hand were last moved by the last stage."""
-    plan = module.stage_plan
+    plan = cast(StagedModule, pl_module).stage_plan
     return plan.index(max(trainer.global_step - 1, 0)) == len(plan.ends) - 1
 
 

@@ -11,7 +11,16 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "lightning", "timm", "sentence-transformers", "transformers", "webdataset", "torchmetrics", "wandb")
+PACKAGES = (
+    "torch",
+    "lightning",
+    "timm",
+    "sentence-transformers",
+    "transformers",
+    "webdataset",
+    "torchmetrics",
+    "wandb",
+)
 
 
 def commit() -> str | None:

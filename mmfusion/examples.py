@@ -1,6 +1,6 @@
 """A Weights & Biases table of sample queries with the photos of the first products that a run finds for them."""
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from lightning import LightningModule, Trainer
@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 
 from mmfusion.batch import ProductBatch, RetrievalData
+from mmfusion.module import RetrievalModule
 from mmfusion.retrieval.evaluation import ViewResult
 
 
@@ -23,10 +24,11 @@ class ExampleTable(Callback):
         self.queries, self.products = queries, products
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = cast(RetrievalModule, pl_module)
         for logger in trainer.loggers:
             if trainer.is_global_zero and isinstance(logger, WandbLogger):
-                for split, views in pl_module.results.items():
-                    columns, rows = self.table(views[pl_module.primary], pl_module.data)
+                for split, views in module.results.items():
+                    columns, rows = self.table(views[module.primary], module.data)
                     logger.log_table(f"{split}/examples", columns=columns, data=rows)
 
     def table(self, result: ViewResult, data: RetrievalData) -> tuple[list[str], list[list[Any]]]:

@@ -43,7 +43,9 @@ class FeatureMemo:
             self.clear()
             self.weights = now
 
-    def __call__(self, encoder: nn.Module, ids: Int[Tensor, "product"], encode: Callable[[list[int]], Encoded]) -> Encoded:
+    def __call__(
+        self, encoder: nn.Module, ids: Int[Tensor, "product"], encode: Callable[[list[int]], Encoded]
+    ) -> Encoded:
         """The outputs for `ids`; `encode` computes those of the given rows of the batch that are not kept yet."""
         if encoder.training or any(p.requires_grad for p in encoder.parameters()):
             return encode(list(range(len(ids))))

@@ -6,7 +6,7 @@ import os
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 from lightning.fabric.loggers.csv_logs import _ExperimentWriter as FabricWriter
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
@@ -52,11 +52,11 @@ class AppendingCSVLogger(CSVLogger):
 
     @property
     @rank_zero_only
-    def experiment(self) -> "_Writer":  # type: ignore[override]
+    def experiment(self) -> "_Writer":
         if self._experiment is None:
             os.makedirs(self.log_dir, exist_ok=True)
-            self._experiment = _Writer(self.log_dir)  # type: ignore[assignment]
-        return self._experiment  # type: ignore[return-value]
+            self._experiment = _Writer(self.log_dir)
+        return cast(_Writer, self._experiment)
 
 
 class _Writer(FabricWriter):
@@ -84,10 +84,17 @@ def make_loggers(run: Path, wandb: Wandb) -> list[Logger]:
             WandbLogger(
                 name=f"{run.parent.name}/{run.name}", save_dir=str(run), id=_wandb_id(run), resume="allow",
                 project=wandb.project, entity=wandb.entity, group=wandb.group or run.parent.name, tags=wandb.tags,
-                offline=mode == "offline", job_type="train",
+                offline=mode == "offline", job_type="train", settings=wandb_settings(),
             )
         )  # fmt: skip
     return loggers
+
+
+def wandb_settings() -> Any:
+    """The library stays silent: the last line on the terminal is the run's, not its own."""
+    from wandb import Settings  # noqa: PLC0415  (it takes a second, and only runs that log to it need it)
+
+    return Settings(silent=True)
 
 
 def _wandb_id(run: Path) -> str:

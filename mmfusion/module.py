@@ -8,7 +8,6 @@ from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float
-from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
@@ -23,7 +22,7 @@ from mmfusion.optim import Optim
 from mmfusion.reach import TERM_VIEWS, reached, sides
 from mmfusion.retrieval.evaluation import Collector, ViewResult, evaluate_view
 from mmfusion.retrieval.topk import tie_ranks
-from mmfusion.stages import Group, Stage, StagePlan
+from mmfusion.stages import Group, Stage, StagedModule, StagePlan
 from mmfusion.towers import MODALITIES, ProductTower, QueryTower, View
 
 Modality = Literal["text", "image"]
@@ -49,7 +48,7 @@ class Losses:
         return nn.ModuleDict({f.name: getattr(self, f.name) or InfoNCE() for f in fields(self)})
 
 
-class RetrievalModule(LightningModule):
+class RetrievalModule(StagedModule):
     """A query tower and a product tower, trained in stages and evaluated over the whole corpus.
 
     Args:
@@ -106,14 +105,17 @@ class RetrievalModule(LightningModule):
         )
         self.losses = losses.modules()
         self.stages, self.groups, self.optim, self.seed = stages, groups, optim, seed
-        self.modality_dropout, self.depth, self.compile_parts, self.zero_shot = modality_dropout, depth, compile, zero_shot
+        self.modality_dropout, self.depth, self.compile_parts, self.zero_shot = (
+            modality_dropout,
+            depth,
+            compile,
+            zero_shot,
+        )
         self._check_terms()
         if zero_shot:
             self._check_zero_shot()
         self.assigned = optimisation.assign(self, groups, stages, SWITCHABLE)
         self.features = Features(self.query, self.product, memo_gib)
-        self.stage_plan: StagePlan
-        self.stage = 0
         self.contract: dict[str, Any] = {}
         self.collected: dict[str, dict[str, Collector]] = {}
         self.results: dict[str, dict[str, ViewResult]] = {}
@@ -144,12 +146,13 @@ class RetrievalModule(LightningModule):
     def setup(self, stage: str) -> None:
         encoders = [self.query.encoder] + ([self.product.text.encoder] if self.product.text else [])
         if stage == "fit":
-            for encoder in set(encoders):
+            for encoder in dict.fromkeys(encoders):
                 encoder.fit(self.data.texts())
         if self.compile_parts:
             self.compile_parts = False  # once: fit and test both set up
-            for encoder in {*encoders, *([self.product.image.encoder] if self.product.image else [])}:
-                encoder.compile_network()
+            images = [self.product.image.encoder] if self.product.image else []
+            for part in [*dict.fromkeys(encoders), *images]:
+                part.compile_network()
             if self.product.fusion is not None:
                 self.product.fusion.compile()
 
@@ -239,19 +242,15 @@ class RetrievalModule(LightningModule):
 
     # ---- stages ------------------------------------------------------------------------------------------------------
 
-    @property
-    def stage_name(self) -> str:
-        return self.stage_plan.names[self.stage]
-
     def trainable(self, index: int, batch: TupleBatch) -> set[str]:
         """Parameters that stage `index` trains: not frozen by their rate, and reached by the stage's losses."""
         stage = self.stages[self.stage_plan.names[index]]
         rated = {n for n, group in self.assigned.items() if optimisation.rate_of(self.groups, stage, group) != "frozen"}
-        return rated & reached(self, set(stage.losses.active()), batch)
+        terms = set(stage.losses.active())
+        return rated & reached(self, self.query, self.product, self.losses, terms, batch)
 
     def on_stage(self, index: int) -> None:
-        """Called by StageSwitch once the stage's parameters are trainable."""
-        self.stage = index
+        super().on_stage(index)
         self.features.sync()
 
     # ---- resuming ----------------------------------------------------------------------------------------------------
@@ -260,7 +259,7 @@ class RetrievalModule(LightningModule):
         checkpoint["contract"] = self._contract()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises ValueError when training would go on as another run: other model, stages, losses, batch, seed or data."""
+        """Raises ValueError where training would go on as another run: other model, stages, batch, seed or data."""
         if self._trainer is None or self._trainer.state.fn != "fit":
             return
         ours, theirs = self._contract(), checkpoint.get("contract", {})
@@ -330,7 +329,7 @@ class RetrievalModule(LightningModule):
 
     def _logs_now(self) -> bool:
         trainer = self._trainer
-        return self.training and trainer is not None and trainer.global_step % trainer.log_every_n_steps == 0
+        return self.training and trainer is not None and trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
     def _log_step(self, total: Tensor, terms: dict[str, Tensor], size: int) -> None:
         self.log("train/loss", total, prog_bar=True, batch_size=size)

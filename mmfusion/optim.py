@@ -71,7 +71,9 @@ def assign(
     """
     check_rates(groups, stages)
     aliases = [name for name, _ in module.named_parameters(remove_duplicate=False)]
-    group_of_alias = {name: next((g for g, group in groups.items() if re.search(group.match, name)), None) for name in aliases}
+    group_of_alias = {
+        name: next((g for g, group in groups.items() if re.search(group.match, name)), None) for name in aliases
+    }
     unmatched = [name for name, group in group_of_alias.items() if group is None]
     if unmatched:
         raise ValueError(f"no group of model.groups ({', '.join(groups)}) matches the parameters {unmatched[:5]}")
@@ -86,16 +88,17 @@ def assign(
     first_name: dict[int, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         first = first_name.setdefault(id(parameter), name)
-        group = group_of_alias[name]
-        assert group is not None
+        own = group_of_alias[name]
+        assert own is not None
         if first == name:
-            assigned[name] = group
+            assigned[name] = own
         for stage_name, stage in stages.items():
-            rates = rate_of(groups, stage, assigned[first]), rate_of(groups, stage, group)
+            rates = rate_of(groups, stage, assigned[first]), rate_of(groups, stage, own)
             if rates[0] != rates[1]:
                 raise ValueError(
-                    f"{first} and {name} are one shared parameter, but in stage {stage_name!r} group {assigned[first]!r} "
-                    f"says {rates[0]} and group {group!r} says {rates[1]}: give both the same rate"
+                    f"{first} and {name} are one shared parameter, but in stage {stage_name!r} "
+                    f"group {assigned[first]!r} says {rates[0]} and group {own!r} says {rates[1]}: "
+                    "give both the same rate"
                 )
     return assigned
 
@@ -109,7 +112,7 @@ def shape(stage: Stage, progress: float) -> float:
 
 
 def rate_at(step: int, group: str, groups: Mapping[str, Group], stages: Mapping[str, Stage], plan: StagePlan) -> float:
-    """The learning rate of a group at an optimizer step; 0 when frozen. Step s warms up as if it were s + 1: never 0."""
+    """The learning rate of a group during an optimizer step, taken at the step's middle; 0 when frozen."""
     stage = stages[plan.names[plan.index(step)]]
     rate = rate_of(groups, stage, group)
     length = plan.ends[plan.index(step)] - ([0, *plan.ends])[plan.index(step)]

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmfusion.batch import ProductBatch, TupleBatch
+from mmfusion.towers import ProductTower, QueryTower
 
 # The two sides of each loss term.
 TERM_VIEWS: dict[str, tuple[str, str]] = {
@@ -41,30 +42,39 @@ def everything_trainable(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def reached(module: nn.Module, terms: set[str], batch: TupleBatch) -> set[str]:
-    """Names of the parameters that the loss terms depend on, found by a backward pass over two complete products.
+def reached(
+    module: nn.Module,
+    query: QueryTower,
+    product: ProductTower,
+    losses: nn.ModuleDict,
+    terms: set[str],
+    batch: TupleBatch,
+) -> set[str]:
+    """Names of `module`'s parameters that the loss terms depend on, found by a backward pass over two products.
 
-    `module` has `query` and `product` towers and `losses`; weights, buffers, modes and gradients stay as they are.
+    `module` holds the towers and the losses; weights, buffers, modes and gradients stay as they are.
     """
     names, parameters = zip(*module.named_parameters(), strict=True)
     with everything_trainable(module):
-        gradients = torch.autograd.grad(_surface(module, terms, batch), parameters, allow_unused=True)
+        gradients = torch.autograd.grad(_surface(query, product, losses, terms, batch), parameters, allow_unused=True)
     return {name for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
 
 
-def _surface(module: nn.Module, terms: set[str], batch: TupleBatch) -> Float[Tensor, ""]:
+def _surface(
+    query: QueryTower, product: ProductTower, losses: nn.ModuleDict, terms: set[str], batch: TupleBatch
+) -> Float[Tensor, ""]:
     """A scalar that depends on just what the terms depend on."""
     few = slice(0, 2)
-    product = batch.product
+    some = batch.product
     complete = ProductBatch(
-        product.text[few], product.photo[few], torch.ones_like(product.present[few]), product.id[few],
-        product.draw[few], product.valid[few],
+        some.text[few], some.photo[few], torch.ones_like(some.present[few]), some.id[few], some.draw[few],
+        some.valid[few],
     )  # fmt: skip
     needed = sides(terms)
-    projected = module.product.project(module.product.encode(complete, needed))
-    vectors = module.product.vectors(projected, needed, complete.present)
+    projected = product.project(product.encode(complete, needed))
+    vectors = product.vectors(projected, needed, complete.present)
     if "query" in needed:
-        vectors["query"] = module.query(batch.query.text[few])
+        vectors["query"] = query(batch.query.text[few])
     products = [(vectors[TERM_VIEWS[term][0]] * vectors[TERM_VIEWS[term][1]]).sum() for term in sorted(terms)]
-    scalars = [p.sum() for term in sorted(terms) for p in module.losses[term].parameters()]
+    scalars = [p.sum() for term in sorted(terms) for p in losses[term].parameters()]
     return torch.stack([*products, *scalars]).sum()

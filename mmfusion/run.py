@@ -11,11 +11,12 @@ import yaml
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 import mmfusion.encoders
-import mmfusion.fusion  # noqa: F401  (class names on the command line are those of imported classes)
-import mmfusion.losses
+import mmfusion.fusion
+import mmfusion.losses  # noqa: F401  (class names on the command line are those of imported classes)
 from mmfusion.checkpoints import BestCheckpoint, LastCheckpoint, best_of
 from mmfusion.environment import environment, write_environment
 from mmfusion.examples import ExampleTable
@@ -30,7 +31,14 @@ FREE = (
     "data.path", "data.workers", "data.eval_batch_size", "data.val_corpus", "data.test_splits", "data.photo_cache_mib",
     "model.memo_gib", "model.depth", "model.compile", "model.zero_shot",
 )  # fmt: skip
-BOUND_TRAINER = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision", "limit_train_batches")
+BOUND_TRAINER = (
+    "max_epochs",
+    "max_steps",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "precision",
+    "limit_train_batches",
+)
 
 
 class FusionCLI(LightningCLI):
@@ -59,7 +67,9 @@ class FusionCLI(LightningCLI):
         parser.add_argument("--experiment", type=str, default="custom", help="name of the run's folder under runs/")
         parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs")
         parser.add_argument("--resume", type=str | None, default=None, help="checkpoint to go on from")
-        parser.add_argument("--checkpoint_steps", type=int | None, default=None, help="steps between checkpoints; one an epoch without")
+        parser.add_argument(
+            "--checkpoint_steps", type=int | None, default=None, help="steps between checkpoints; one an epoch without"
+        )
         parser.add_argument("--wandb", type=Wandb, default=Wandb(), help="Weights & Biases")
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
@@ -134,6 +144,8 @@ def _finish(run: Path, cli: FusionCLI, results: dict[str, Any]) -> None:
     for logger in cli.trainer.loggers:
         logger.log_metrics(final, cli.trainer.global_step)
         logger.finalize("success")
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
     print(f"run: {run}")
 
 

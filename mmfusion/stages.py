@@ -7,9 +7,10 @@ run take the same path: the first batch finds that no stage has been applied.
 """
 
 import re
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Int
@@ -41,7 +42,9 @@ class Until:
             raise ValueError(f"until takes exactly one of epochs, steps, fraction; received {given or 'none'}")
         name, value = next(iter(given.items()))
         if value <= 0 or (name == "fraction" and value > 1):
-            raise ValueError(f"until.{name} must be positive{', at most 1' if name == 'fraction' else ''}; received {value}")
+            raise ValueError(
+                f"until.{name} must be positive{', at most 1' if name == 'fraction' else ''}; received {value}"
+            )
 
     def step(self, total_steps: int, steps_per_epoch: float) -> int:
         """The first optimizer step that no longer belongs to the stage."""
@@ -140,7 +143,7 @@ class StagePlan:
 
 
 def set_modes(module: nn.Module) -> None:
-    """Train mode where something below is trainable, eval mode (BatchNorm, dropout, augmentation) where all is frozen."""
+    """Train mode where something is trainable, eval mode (BatchNorm, dropout, augmentation) where all is frozen."""
     parameters = list(module.parameters())
     if parameters and not any(p.requires_grad for p in parameters):
         module.eval()
@@ -187,11 +190,27 @@ def summarise(names: Iterable[str]) -> str:
     return ", ".join(f"{part} ({count})" for part, count in counts.items()) or "none"
 
 
-class StageSwitch(Callback):
-    """Applies the stage of the current step before the step's forward pass, on every rank.
+class StagedModule(LightningModule):
+    """What StageSwitch asks of a module. `stage` is the index of the stage that is applied."""
 
-    The module offers `stage_plan` (StagePlan) and `trainable(stage index, batch) -> set of parameter names`.
-    """
+    stage_plan: StagePlan
+    stage: int = 0
+
+    @property
+    def stage_name(self) -> str:
+        return self.stage_plan.names[self.stage]
+
+    @abstractmethod
+    def trainable(self, index: int, batch: Any) -> set[str]:
+        """Names of the parameters that stage `index` trains; `batch` is the batch at hand."""
+
+    def on_stage(self, index: int) -> None:
+        """Called when the stage's parameters are trainable and its modes set, before DDP wraps again."""
+        self.stage = index
+
+
+class StageSwitch(Callback):
+    """Applies the stage of the current step before the step's forward pass, on every rank, to a StagedModule."""
 
     def __init__(self) -> None:
         self.applied: int | None = None
@@ -200,12 +219,13 @@ class StageSwitch(Callback):
         self.applied = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        index = pl_module.stage_plan.index(trainer.global_step)
+        module = cast(StagedModule, pl_module)
+        index = module.stage_plan.index(trainer.global_step)
         if index != self.applied:
-            self.apply(trainer, pl_module, index, batch)
+            self.apply(trainer, module, index, batch)
             self.applied = index
 
-    def apply(self, trainer: Trainer, module: LightningModule, index: int, batch: Any) -> None:
+    def apply(self, trainer: Trainer, module: StagedModule, index: int, batch: Any) -> None:
         name = module.stage_plan.names[index]
         check_ranks_agree(module, f"before stage {name!r}")
         trainable = module.trainable(index, batch)
@@ -239,7 +259,11 @@ def wrap_again(trainer: Trainer) -> None:
     Private calls of Lightning 2.6 (pinned in pyproject.toml, covered by tests/mmfusion/test_stages_ddp.py).
     """
     strategy = trainer.strategy
-    if isinstance(strategy, DDPStrategy) and strategy.model is not None and strategy.model is not strategy.lightning_module:
+    if (
+        isinstance(strategy, DDPStrategy)
+        and strategy.model is not None
+        and strategy.model is not strategy.lightning_module
+    ):
         assert strategy.lightning_module is not None
         strategy.model = None
         strategy.model = strategy._setup_model(strategy.lightning_module)

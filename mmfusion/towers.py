@@ -37,7 +37,7 @@ class Projection(nn.Module):
 
 
 class View(nn.Module):
-    """An encoder and its projection: text or photo into unit vectors of the shared space, and tokens for heads that attend."""
+    """An encoder and its projection: text or photo into unit vectors of the shared space, and tokens for heads."""
 
     def __init__(self, encoder: TextEncoder | ImageEncoder, dim: int, hidden: bool = False) -> None:
         super().__init__()
@@ -75,7 +75,8 @@ class ProductTower(nn.Module):
             raise ValueError("a fusion head goes with two modalities, and only with two")
         self.text, self.image, self.fusion = text, image, fusion
         if fusion is not None and fusion.needs_tokens:
-            assert text is not None and image is not None
+            assert text is not None
+            assert image is not None
             text.attend(fusion.dim)
             image.attend(fusion.dim)
 

@@ -57,7 +57,8 @@ def small_module(dropout: float = 0.0, augment: str = "none", **options: Any) ->
     image = TimmEncoder("test_vit", image_size=(32, 32), augment=augment)
     chosen = {
         "text": text, "image": image, "stages": three_stages(), "groups": GROUPS, "dim": 8, "seed": 7,
-        "fusion": lambda dim: MoEBilinear(dim, experts=2, rank=4, dropout=0.0), "depth": 100, "optim": Optim(weight_decay=0.1),
+        "fusion": lambda dim: MoEBilinear(dim, experts=2, rank=4, dropout=0.0), "depth": 100,
+        "optim": Optim(weight_decay=0.1),
     }  # fmt: skip
     return RetrievalModule(**{**chosen, **options})
 

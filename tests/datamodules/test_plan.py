@@ -62,7 +62,7 @@ def test_an_epoch_sees_each_slot_at_most_once_and_misses_less_than_a_batch(plan:
     positions = np.concatenate(seen(plan, epoch))
     total = int(plan.slots.sum())
     assert len(np.unique(positions)) == len(positions)
-    assert positions.min() >= 0 and positions.max() < total
+    assert 0 <= positions.min() <= positions.max() < total
     assert total - plan.size < len(positions) <= total
 
 
@@ -148,7 +148,7 @@ def test_slots_of_a_product_show_its_pairs_in_proportion_rounded_up_or_down() ->
     weight = np.array([1.0, 0.5, 2.5])
     expected = 3 * weight / weight.sum()
     shown = picks(weight, draws(0, 0, np.arange(2000)), count=3)
-    assert (np.floor(expected) <= shown).all() and (shown <= np.ceil(expected)).all()
+    assert ((np.floor(expected) <= shown) & (shown <= np.ceil(expected))).all()
     assert shown.mean(axis=0) == pytest.approx(expected, abs=0.04)
     assert (picks(np.ones(5), np.array([17, 4]), count=5) == 1).all()
 

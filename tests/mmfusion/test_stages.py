@@ -65,4 +65,6 @@ def test_a_checksum_of_a_boolean_buffer():
 def test_parameters_are_summed_up_by_their_part():
     names = ["product.image.encoder.network.a.weight", "product.image.encoder.network.b", "product.fusion.gate.weight"]
     names += ["query.projection.network.weight", "losses.query_text.log_scale"]
-    assert summarise(names) == "product.image.encoder (2), product.fusion (1), query.projection (1), losses.query_text (1)"
+    assert (
+        summarise(names) == "product.image.encoder (2), product.fusion (1), query.projection (1), losses.query_text (1)"
+    )

@@ -49,7 +49,8 @@ class Watch(Callback):
                 if list(m.parameters()) and not any(p.requires_grad for p in m.parameters()) and m.training
             ],
             "trained_in_eval_mode": [
-                n for n, m in pl_module.named_modules() if any(p.requires_grad for p in m.parameters()) and not m.training
+                n for n, m in pl_module.named_modules()
+                if any(p.requires_grad for p in m.parameters()) and not m.training
             ],
         })  # fmt: skip
 

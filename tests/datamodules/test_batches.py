@@ -1,0 +1,146 @@
+"""Batches against the tables that the shards were made from."""
+
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from datamodules.tuples import TupleDataModule
+from tests.datamodules.drawn import Tables, draw_shards, module, same, tuples_of
+
+GAIN = {"E": 1.0, "S": 0.1, "I": 0.0}
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Tables:
+    return draw_shards(tmp_path_factory.mktemp("catalogue"))
+
+
+def test_tuples_say_what_the_tables_say(tables: Tables) -> None:
+    data = module(tables, text_fields=["title", "brand"])
+    product_ids, query_ids = data.product_ids(), data.shards.queries.query_id
+    seen: list[str] = []
+    for batch in data.train_dataloader():
+        for row, (q, p) in enumerate(zip(batch.query.id.tolist(), batch.product.id.tolist(), strict=True)):
+            product, query = product_ids[p], str(query_ids[q])
+            seen.append(product)
+            assert query in tables.positives(product)
+            assert batch.query.text[row] == tables.query[query]
+            text = " ".join(part for part in (tables.title[product], tables.brand[product]) if part)
+            assert batch.product.text[row] == text
+            colour = tables.colour[product]
+            assert batch.product.present[row].tolist() == [text != "", colour is not None]
+            expected = torch.tensor(colour or (0, 0, 0), dtype=torch.uint8)
+            assert (batch.product.photo[row] == expected[:, None, None]).all()
+        assert (batch.query.valid & batch.product.valid).all()
+    trainable = {p for p in tables.title if tables.positives(p)}
+    assert len(seen) == len(set(seen) & trainable)
+    assert len(seen) > len(trainable) - 16
+
+
+def test_judged_lists_the_train_judgments_with_a_gain(tables: Tables) -> None:
+    data = module(tables)
+    product_ids, query_ids = data.product_ids(), data.shards.queries.query_id
+    batch = next(iter(data.train_dataloader()))
+    rows = [product_ids[p] for p in batch.product.id.tolist()]
+    train = {(q, p): labels for (q, p), labels in tables.label.items() if tables.trains(q)}
+    expected = {
+        "relevance": {(q, p): GAIN[label] for (q, p), (label, _) in train.items() if p in rows and label != "I"},
+        "desirability": {(q, p): wish for (q, p), (_, wish) in train.items() if p in rows and wish},
+    }
+    assert list(batch.judged) == list(expected)
+    for column, judged in batch.judged.items():
+        keys = [(str(query_ids[q]), rows[i]) for q, i in zip(judged.query_id, judged.product.tolist(), strict=True)]
+        assert dict(zip(keys, judged.gain.tolist(), strict=True)) == pytest.approx(expected[column])
+        assert judged.positive.tolist() == [expected[column][key] >= 1 for key in keys]
+    own = set(zip(batch.query.id.tolist(), range(16), strict=True))
+    relevance = batch.judged["relevance"]
+    listed = zip(relevance.query_id.tolist(), relevance.product.tolist(), relevance.positive.tolist(), strict=True)
+    assert own <= {(q, row) for q, row, positive in listed if positive}
+
+
+def test_an_epoch_of_pairs_shows_each_product_as_often_as_it_has_positives(tables: Tables) -> None:
+    data = module(tables, epoch="pairs", batch_size=8, damping=0.0)
+    assert data.plan.steps == sum(len(tables.positives(p)) for p in tables.title) // 8
+    shown = Counter((p, q) for batch in data.train_dataloader() for q, p, _ in tuples_of(batch))
+    assert set(shown.values()) == {1}  # all gains are 1 and nothing is damped, so each pair has its turn
+    positives = {(p, q) for p, id in enumerate(data.product_ids()) for q in query_rows(data, tables.positives(id))}
+    assert len(positives) - 8 < len(set(shown) & positives) == len(shown)
+
+
+def query_rows(data: TupleDataModule, ids: list[str]) -> list[int]:
+    rows = {str(id): row for row, id in enumerate(data.shards.queries.query_id)}
+    return [rows[id] for id in ids]
+
+
+def test_queries_are_drawn_by_damped_frequency(tables: Tables) -> None:
+    """Over many epochs: weight gain x frequency^-2, the frequency counted in the tables."""
+    data = module(tables, damping=2.0, modalities=["text"])
+    frequency = Counter(q for p in tables.title for q in tables.positives(p))
+    product = max(tables.title, key=lambda p: len(tables.positives(p)))
+    weight = {q: frequency[q] ** -2.0 for q in tables.positives(product)}
+    id = data.product_ids().index(product)
+    sample = data.shards.read(id)
+    drawn = Counter(
+        str(data.shards.queries.query_id[data.reader._query(sample, (i + 0.5) / 5000)]) for i in range(5000)
+    )
+    assert {q: n / 5000 for q, n in drawn.items()} == pytest.approx(
+        {q: w / sum(weight.values()) for q, w in weight.items()}, abs=1e-3
+    )
+
+
+@pytest.mark.parametrize(("shown", "column"), [("text", 0), ("image", 1)])
+def test_a_modality_that_is_off_is_absent_everywhere(tables: Tables, shown: str, column: int) -> None:
+    data = module(tables, modalities=[shown])
+    whole = module(tables)
+    for batch, full in zip(data.train_dataloader(), whole.train_dataloader(), strict=True):
+        assert not batch.product.present[:, 1 - column].any()
+        assert torch.equal(batch.product.present[:, column], full.product.present[:, column])
+        assert shown == "image" or not batch.product.photo.any()
+        assert shown == "text" or set(batch.product.text) == {""}
+
+
+def test_evaluation_batches_hold_what_the_tables_say(tables: Tables) -> None:
+    data = module(tables, "test")
+    assert data.test_loaders == ["corpus", "queries/val", "queries/test"]
+    queries = [data.query_loader("val"), data.query_loader("test")]
+    for split, loader in zip(("val", "test"), queries, strict=True):
+        ids = []
+        for batch in loader:
+            ids += [str(data.shards.queries.query_id[id]) for id in batch.id]
+            assert batch.text == [tables.query[q] for q in ids[-len(batch.id) :]] == data.query_texts(batch.id.numpy())
+            assert batch.valid.all()
+        assert sorted(ids) == sorted(q for q in tables.query if tables.split[q] == split)
+    seen = []
+    for products in data.corpus_loader():
+        rows = [data.product_ids()[id] for id in products.id]
+        assert products.text == [tables.title[p] for p in rows]
+        assert products.present.tolist() == [[tables.title[p] != "", tables.colour[p] is not None] for p in rows]
+        assert products.valid.all()
+        seen += rows
+    assert seen == data.product_ids()
+    assert sorted(seen) == sorted(tables.title)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_cached_photo_is_the_decoded_one(tables: Tables, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = module(tables, workers=workers).train_dataloader()
+    first, second = list(loader), list(loader)
+    assert all(same(a, b) for a, b in zip(first, second, strict=True))
+    data = module(tables)
+    filled = list(data.train_dataloader())
+    monkeypatch.setattr("datamodules.batches.decode_photo", None)  # nothing is left to decode
+    assert all(same(a, b) for a, b in zip(filled, data.train_dataloader(), strict=True))
+
+
+def test_the_cache_keeps_what_fits(tables: Tables) -> None:
+    data = module(tables, image_size=(128, 128), photo_cache_mib=1)
+    assert data.reader.cache.rows == 2**20 // (3 * 128 * 128)
+    assert same(next(iter(data.train_dataloader())), next(iter(data.train_dataloader())))
+
+
+def test_a_reader_reads_the_same_in_another_process(tables: Tables) -> None:
+    data, ids = module(tables), np.arange(20)
+    assert same(data.reader.products(ids, ids)[0], pickle.loads(pickle.dumps(data.reader)).products(ids, ids)[0])
