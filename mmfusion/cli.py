@@ -21,13 +21,15 @@ def main() -> None:
     }  # fmt: skip
     verb, rest = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
     if verb not in verbs:
-        sys.exit(f"error: mmfusion takes one of {', '.join(verbs)}; received {verb or 'nothing'}. Try: make help")
+        print(f"error: mmfusion takes one of {', '.join(verbs)}; received {verb or 'nothing'}", file=sys.stderr)
+        sys.exit(2)
     try:
         verbs[verb](rest)
     except (ValueError, FileNotFoundError, FileExistsError, argparse.ArgumentError) as error:
         if os.environ.get("MMFUSION_TRACEBACK") or not _is_ours(error):
             raise
-        print(f"error: {_explain(error)}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {str(error).removeprefix('argument None: ')}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -37,17 +39,6 @@ def _is_ours(error: BaseException) -> bool:
         return True
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     return any(parent.name in ("mmfusion", "datamodules") for parent in raised_in.parents)
-
-
-def _explain(error: Exception) -> str:
-    """The parser's message with the names that it should have shown."""
-    text = str(error).removeprefix("argument None: ")
-    if "model.fusion" in text:
-        from mmfusion import fusion  # noqa: PLC0415
-
-        heads = sorted(cls.__name__ for cls in fusion.FusionHead.__subclasses__())
-        text += f"\nfusion heads: {', '.join(heads)}"
-    return text
 
 
 def _parser(verb: str, **arguments: str) -> argparse.ArgumentParser:
@@ -84,9 +75,10 @@ def _named(folder: Path, name: str, what: str, leave_out: Sequence[str] = ()) ->
 
 def fit(argv: list[str]) -> None:
     """Trains, evaluates val and test with the best checkpoint, writes results.json, prints the table and the run."""
+    run = _run_folder(argv)
     from mmfusion.run import FusionCLI, fit_and_evaluate  # noqa: PLC0415
 
-    fit_and_evaluate(FusionCLI.parse(argv, _run_folder(argv)))
+    fit_and_evaluate(FusionCLI.parse(argv, run))
 
 
 def _run_folder(argv: Sequence[str]) -> Path:
@@ -96,7 +88,12 @@ def _run_folder(argv: Sequence[str]) -> Path:
     """
     given = dict(arg.removeprefix("--").split("=", 1) for arg in argv if arg.startswith("--") and "=" in arg)
     if given.get("resume", "null") != "null":
-        return Path(given["resume"]).resolve().parents[1]
+        checkpoint = Path(given["resume"])
+        if not checkpoint.is_file() or checkpoint.parent.name != "checkpoints":
+            raise FileNotFoundError(
+                f"--resume={checkpoint} is no checkpoint of a run: those are runs/<exp>/<version>/checkpoints/*.ckpt"
+            )
+        return checkpoint.parents[1]
     job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID")
     version = f"job-{job}" if job and job != "none" else datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     folder = Path(given.get("runs", "runs")) / given.get("experiment", "custom") / version
@@ -111,8 +108,14 @@ def data(argv: list[str]) -> None:
     function = importer(getattr(options, "from") or "")
     parser = ArgumentParser(prog="mmfusion data", exit_on_error=False)
     parser.add_function_arguments(function)
-    given = parser.parse_args([arg for arg in rest if arg not in ("--src=", "--out=")])
-    function(**given.as_dict())
+    names = [action.dest.upper() for action in parser._actions if action.required]
+    given = [arg for arg in rest if arg not in ("--src=", "--out=")]
+    missing = [name for name in names if not any(arg.startswith(f"--{name.lower()}=") for arg in given)]
+    if missing:
+        raise ValueError(
+            f"make data FROM={getattr(options, 'from')} needs {' and '.join(missing)}: make data SRC=folder OUT=folder"
+        )
+    function(**parser.parse_args(given).as_dict())
 
 
 def importer(name: str) -> Callable[..., None]:

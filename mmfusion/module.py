@@ -144,15 +144,15 @@ class RetrievalModule(StagedModule):
                 )
 
     def setup(self, stage: str) -> None:
-        encoders = [self.query.encoder] + ([self.product.text.encoder] if self.product.text else [])
-        if stage == "fit":
-            for encoder in dict.fromkeys(encoders):
+        views = filter(None, (self.query, self.product.text, self.product.image))
+        encoders = list(dict.fromkeys(cast(TextEncoder | ImageEncoder, view.encoder) for view in views))
+        for encoder in encoders:
+            if stage == "fit" and isinstance(encoder, TextEncoder):
                 encoder.fit(self.data.texts())
         if self.compile_parts:
             self.compile_parts = False  # once: fit and test both set up
-            images = [self.product.image.encoder] if self.product.image else []
-            for part in [*dict.fromkeys(encoders), *images]:
-                part.compile_network()
+            for encoder in encoders:
+                encoder.compile_network()
             if self.product.fusion is not None:
                 self.product.fusion.compile()
 

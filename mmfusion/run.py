@@ -1,7 +1,12 @@
 """A run from its configuration to its results: LightningCLI with the project's callbacks, loggers and folders."""
 
 import contextlib
+import difflib
+import json
+import re
 import shutil
+import warnings
+from argparse import ArgumentError
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import mmfusion.encoders
 import mmfusion.fusion
-import mmfusion.losses  # noqa: F401  (class names on the command line are those of imported classes)
+import mmfusion.losses
 from mmfusion.checkpoints import BestCheckpoint, LastCheckpoint, best_of
 from mmfusion.environment import environment, write_environment
 from mmfusion.examples import ExampleTable
@@ -50,9 +55,10 @@ class FusionCLI(LightningCLI):
     def parse(cls, argv: list[str], run: Path | None) -> "FusionCLI":
         """`run` None: nothing is logged or saved (evaluation). Raises ArgumentError for a mistake in the options."""
         torch.set_float32_matmul_precision("high")
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
         return type("FusionCLI", (cls,), {"run_folder": run})(
             model_class=RetrievalModule,
-            args=argv,
+            args=with_merged_rates(argv),
             run=False,
             save_config_callback=SaveConfigCallback if run else None,
             save_config_kwargs={"overwrite": True},
@@ -62,6 +68,13 @@ class FusionCLI(LightningCLI):
             load_from_checkpoint_support=False,
             subclass_mode_data=True,
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Raises ValueError with the parser's message and the nearest valid names."""
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            raise ValueError(explained(str(error).removeprefix("argument None: "), parser)) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--experiment", type=str, default="custom", help="name of the run's folder under runs/")
@@ -87,6 +100,46 @@ class FusionCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
+RATE = re.compile(r"--model\.stages\.([^.=]+)\.rates\.([^.=]+)=(.*)")
+
+
+def with_merged_rates(argv: list[str]) -> list[str]:
+    """`--model.stages.S.rates.G=R` as the whole table of stage S: the parser would drop the stage's other rates."""
+    tables: dict[str, dict[str, Any]] = {}
+    rest = []
+    for arg in argv:
+        if arg.startswith("--config="):
+            path = Path(arg.removeprefix("--config="))
+            config = yaml.safe_load(path.read_text()) if path.is_file() else None
+            stages = ((config or {}).get("model") or {}).get("stages")
+            tables = {name: dict(stage.get("rates") or {}) for name, stage in stages.items()} if stages else tables
+        if match := RATE.fullmatch(arg):
+            stage, group, rate = match.groups()
+            tables.setdefault(stage, {})[group] = _number(rate)
+            rest.append(f"--model.stages.{stage}.rates={json.dumps(tables[stage])}")
+        else:
+            rest.append(arg)
+    return rest
+
+
+def _number(rate: str) -> float | str:
+    with contextlib.suppress(ValueError):
+        return float(rate)
+    return rate
+
+
+def explained(message: str, parser: LightningArgumentParser) -> str:
+    """The parser's message, with the names that it should have shown."""
+    if "model.fusion" in message:
+        heads = [name for name in mmfusion.fusion.__all__ if name != "FusionHead"]
+        message += f"\nmodel.fusion takes a class name: {', '.join(heads)}"
+    options = [option for action in parser._actions for option in action.option_strings]
+    for unknown in re.findall(r"--[\w.]+", message) if "unrecognized" in message else []:
+        near = difflib.get_close_matches(unknown, options, 3)
+        message += f"\n{unknown}: the nearest options are {', '.join(near)}" if near else ""
+    return message
+
+
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings as dotted keys."""
     if isinstance(value, dict) and value:
@@ -107,7 +160,7 @@ def contract(config: dict[str, Any]) -> dict[str, Any]:
 
 def resolved(cli: FusionCLI) -> dict[str, Any]:
     """The configuration as config.yaml holds it."""
-    return yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
+    return yaml.safe_load(cli.parser.dump(cli.config, skip_unset=False))
 
 
 def fit_and_evaluate(cli: FusionCLI) -> None:

@@ -1,0 +1,170 @@
+"""What a user types and sees: every experiment runs and evaluates again to the same numbers; mistakes are one line."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from mmfusion.cli import main
+from mmfusion.run import with_merged_rates
+from tests.small_run import small_shards
+
+ROOT = Path(__file__).parents[2]
+NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml") if path.stem != "base")
+SMALL = [
+    "--data.batch_size=16", "--data.streams=4", "--data.image_size=[32, 32]", "--trainer.max_steps=10",
+    "--trainer.check_val_every_n_epoch=1", "--trainer.accelerator=cpu", "--wandb.mode=disabled",
+    "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    return small_shards(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture
+def mmfusion(monkeypatch, tmp_path, capfd):
+    """Runs the command in an empty folder that holds the project's experiments; gives exit code, output and errors."""
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: str) -> tuple[int, str, str]:
+        monkeypatch.delenv("MMFUSION_RUN", raising=False)
+        monkeypatch.setattr(sys, "argv", ["mmfusion", *args])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        out, errors = capfd.readouterr()
+        return code, out, errors
+
+    return run
+
+
+def only_run(experiment: str) -> Path:
+    (folder,) = Path("runs", experiment).iterdir()
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_experiment_trains_and_reports(mmfusion, shards, name):
+    code, out, errors = mmfusion("train", "--exp", name, "--data", str(shards), *SMALL)
+    assert code == 0, errors
+    run = only_run(name)
+    assert out.rstrip().splitlines()[-1] == f"run: {run}"
+    results = json.loads((run / "results.json").read_text())
+    views = {"text_only": ["text"], "image_only": ["image"]}.get(name, ["text", "image", "fused"])
+    assert list(results["test"]) == list(results["val"]) == views
+    assert set(results["test"][views[-1]]["relevance/ndcg@10"]) == {"value", "low", "high"}
+    assert results["run"]["primary"] == views[-1]
+    assert {path.name for path in run.iterdir()} == {
+        "checkpoints", "config.yaml", "environment.json", "metrics.csv", "results.json",
+    }  # fmt: skip
+    stages = yaml.safe_load((run / "config.yaml").read_text())["model"]["stages"]
+    steps = [row for row in csv.DictReader((run / "metrics.csv").open()) if row["train/loss"]]
+    assert steps
+    assert list(stages) == (
+        ["joint"] if name == "joint" else ["adapt", "align", *(["fuse"] if len(views) == 3 else [])]
+    )
+
+
+def test_eval_gives_the_same_numbers_and_compare_shows_what_differs(mmfusion, shards, tmp_path):
+    for seed in ("1", "2"):
+        assert mmfusion("train", "--exp", "concat_mlp", "--data", str(shards), *SMALL, f"--seed_everything={seed}",
+                        f"--runs=runs{seed}")[0] == 0  # fmt: skip
+    (first,), (second,) = Path("runs1/concat_mlp").iterdir(), Path("runs2/concat_mlp").iterdir()
+    trained = json.loads((first / "results.json").read_text())
+    code, out, errors = mmfusion("eval", "--run", str(first), "--split", "test")
+    assert code == 0, errors
+    (again,) = (first / "eval").rglob("results.json")
+    assert json.loads(again.read_text())["test"] == trained["test"]
+    assert again.parent.name == f"{trained['run']['manifest'][:12]}-test"
+
+    other = small_shards(tmp_path / "other", products=96)
+    assert mmfusion("eval", "--run", str(first), "--data", str(other), "--split", "val", "--out", "elsewhere")[0] == 0
+    elsewhere = json.loads(Path("elsewhere/results.json").read_text())
+    assert elsewhere["run"]["manifest"] != trained["run"]["manifest"]
+    assert list(elsewhere) == ["val", "run"]
+
+    code, out, errors = mmfusion("compare", str(first), str(second))
+    assert code == 0, errors
+    assert "seed_everything" in out
+
+
+def test_a_run_goes_on_from_its_checkpoint_in_its_folder(mmfusion, shards):
+    command = ["train", "--exp", "fusion_gated", "--data", str(shards), *SMALL]
+    assert mmfusion(*command)[0] == 0
+    straight = only_run("fusion_gated")
+    state = torch.load(straight / "checkpoints/last.ckpt", weights_only=True)
+    assert state["global_step"] == 10
+    code, _, errors = mmfusion(*command, f"--resume={straight}/checkpoints/last.ckpt", "--model.dim=16")
+    assert code == 2
+    assert "model.dim: the checkpoint has 128, this run 16" in errors
+    rows = len((straight / "metrics.csv").read_text().splitlines())
+    assert mmfusion(*command, f"--resume={straight}/checkpoints/last.ckpt")[0] == 0
+    assert only_run("fusion_gated") == straight
+    assert len((straight / "metrics.csv").read_text().splitlines()) >= rows
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--exp", "fusion_gatd"], "Did you mean fusion_gated?"),
+        (["--exp", ""], "there are concat_mlp, fusion_cross_attention"),
+        (["--exp", "fusion_gated", "--encoders", "mini"], "Did you mean minilm?"),
+        (["--exp", "fusion_gated", "--model.fusion=Gatd"], "model.fusion takes a class name: ConcatLinear"),
+        (["--exp", "fusion_gated", "--model.dimm=3"], "nearest options are --model.dim"),
+        (["--exp", "fusion_gated", "--data.batch_size=18"], "make data.batch_size a multiple"),
+        (["--exp", "fusion_gated", "--data.text_fields=[titel]"], "data.text_fields is ['titel']"),
+        (["--exp", "fusion_gated", "--model.stages.fuse.rates.heads=0.1"], "model.groups has text_encoder"),
+        (["--exp", "fusion_gated", "--model.stages.fuse.until.steps=3"], "exactly one of epochs, steps, fraction"),
+        (
+            ["--exp", "fusion_gated", "--model.losses.query_text=InfoNCE", "--model.losses.query_text.label=stars"],
+            "stars",
+        ),
+        (["--exp", "text_only", "--model.stages.adapt.losses.query_image=1"], "needs the view 'image'"),
+        (["--exp", "fusion_gated", "--resume=nowhere.ckpt"], "is no checkpoint of a run"),
+        (["--exp", "fusion_gated", "--data", "."], "It is no folder of shards"),
+    ],
+)
+def test_a_mistake_is_one_message_and_leaves_nothing(mmfusion, shards, args, said):
+    given = [] if "--data" in args else ["--data", str(shards)]
+    code, _, errors = mmfusion("train", *given, *SMALL, *args)
+    assert code == 2
+    assert said in errors
+    assert "Traceback" not in errors
+    assert not Path("runs").exists() or not list(Path("runs").rglob("*.*"))
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["data", "--from", "nope"], "there are catalogue, demo"),
+        (["data", "--from", "catalogue", "--src=", "--out="], "needs SRC and OUT"),
+        (["eval", "--run", "runs/none"], "is no run"),
+        (["compare"], 'make compare needs RUNS="runs/a runs/b"'),
+        (["compare", "runs/none"], "results.json"),
+        (["trian"], "mmfusion takes one of"),
+    ],
+)
+def test_mistakes_of_other_verbs(mmfusion, args, said):
+    code, _, errors = mmfusion(*args)
+    assert code != 0
+    assert said in errors
+    assert "Traceback" not in errors
+
+
+def test_a_rate_on_the_command_line_joins_the_stages_others(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("model: {stages: {fuse: {rates: {text: frozen, fusion: 0.1}}}}")
+    args = [f"--config={file}", "--model.stages.fuse.rates.fusion=2e-3", "--model.stages.fuse.rates.scale=frozen"]
+    assert with_merged_rates(args)[1:] == [
+        '--model.stages.fuse.rates={"text": "frozen", "fusion": 0.002}',
+        '--model.stages.fuse.rates={"text": "frozen", "fusion": 0.002, "scale": "frozen"}',
+    ]
