@@ -67,8 +67,8 @@ def test_every_experiment_trains_and_reports(mmfusion, shards, name):
         "checkpoints", "config.yaml", "environment.json", "metrics.csv", "results.json",
     }  # fmt: skip
     stages = yaml.safe_load((run / "config.yaml").read_text())["model"]["stages"]
-    steps = [row for row in csv.DictReader((run / "metrics.csv").open()) if row["train/loss"]]
-    assert steps
+    with (run / "metrics.csv").open() as file:
+        assert [row for row in csv.DictReader(file) if row["train/loss"]]
     assert list(stages) == (
         ["joint"] if name == "joint" else ["adapt", "align", *(["fuse"] if len(views) == 3 else [])]
     )
