@@ -1,4 +1,4 @@
-"""What a result was made with: versions, commit, command, machine. Written to the run folder as environment.json."""
+"""What a run is made with: its resolved options, and versions, commit, command and machine."""
 
 import json
 import os
@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 
 PACKAGES = (
     "torch",
@@ -45,5 +48,21 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_environment(run: Path) -> None:
-    (run / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+class MadeWith(Callback):
+    """Writes config.yaml and environment.json once training starts: a start that is refused leaves a run as it was.
+
+    Args:
+        run: the run's folder
+        config: the resolved options, as YAML
+    """
+
+    def __init__(self, run: Path, config: str) -> None:
+        self.run, self.config = run, config
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.run.mkdir(parents=True, exist_ok=True)
+            (self.run / "config.yaml").write_text(self.config)
+            (self.run / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        for logger in trainer.loggers:
+            logger.log_hyperparams(yaml.safe_load(self.config))

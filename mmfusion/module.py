@@ -233,6 +233,7 @@ class RetrievalModule(StagedModule):
         total = self.trainer.estimated_stepping_batches
         if total in (-1, float("inf")):
             raise ValueError("stages need a run of known length: set trainer.max_epochs or trainer.max_steps")
+        self.trainer.fit_loop.setup_data()  # with max_steps, Lightning has not counted the epoch's batches yet
         steps_per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         self.stage_plan = StagePlan.lay(self.stages, int(total), steps_per_epoch)
         optimizer, schedule = optimisation.build(

@@ -15,7 +15,7 @@ import torch
 import yaml
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -23,7 +23,7 @@ import mmfusion.encoders
 import mmfusion.fusion
 import mmfusion.losses
 from mmfusion.checkpoints import BestCheckpoint, LastCheckpoint, best_of
-from mmfusion.environment import environment, write_environment
+from mmfusion.environment import MadeWith, commit
 from mmfusion.examples import ExampleTable
 from mmfusion.loggers import Wandb, make_loggers
 from mmfusion.module import RetrievalModule
@@ -60,8 +60,7 @@ class FusionCLI(LightningCLI):
             model_class=RetrievalModule,
             args=with_merged_rates(argv),
             run=False,
-            save_config_callback=SaveConfigCallback if run else None,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=None,
             trainer_defaults={"logger": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False},
             parser_kwargs={"exit_on_error": False},
             seed_everything_default=1,
@@ -87,6 +86,12 @@ class FusionCLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
 
+    def resolved(self) -> str:
+        """The options as config.yaml holds them; it runs again as it is, from the start."""
+        config = self.config.clone()
+        config.resume = None
+        return self.parser.dump(config, skip_unset=False)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         callbacks: list[Callback] = [StageSwitch()]
         if self.config.trainer.enable_progress_bar is not False:
@@ -94,7 +99,7 @@ class FusionCLI(LightningCLI):
         if self.run_folder is not None:
             folder = self.run_folder / "checkpoints"
             callbacks += [BestCheckpoint(folder), LastCheckpoint(folder, self.config.checkpoint_steps)]
-            callbacks.append(ExampleTable())
+            callbacks += [MadeWith(self.run_folder, self.resolved()), ExampleTable()]
             kwargs["logger"] = make_loggers(self.run_folder, self.config_init.wandb)
         self.trainer_defaults["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
@@ -158,11 +163,6 @@ def contract(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if not key.startswith(FREE)}
 
 
-def resolved(cli: FusionCLI) -> dict[str, Any]:
-    """The configuration as config.yaml holds it."""
-    return yaml.safe_load(cli.parser.dump(cli.config, skip_unset=False))
-
-
 def fit_and_evaluate(cli: FusionCLI) -> None:
     """Trains (or goes on from `--resume`), evaluates with the best checkpoint, writes and prints the results.
 
@@ -172,18 +172,18 @@ def fit_and_evaluate(cli: FusionCLI) -> None:
     resume = cli.config.resume
     if resume is not None and not Path(resume).is_file():
         raise FileNotFoundError(f"--resume={resume}: there is no such checkpoint")
-    model.contract = contract(resolved(cli))
+    model.contract = contract(yaml.safe_load(cli.resolved()))
+    made_by = commit()  # the code that trains, not what the checkout holds hours later
     with _nothing_half_written(run, cli.trainer):
         zero_shot = _zero_shot(cli) if model.zero_shot and resume is None else {}
         cli.trainer.fit(model, cli.datamodule, ckpt_path=resume, weights_only=True)
     cli.trainer.test(model, cli.datamodule, ckpt_path=str(best_of(run)), weights_only=True, verbose=False)
     results = {split: zero_shot.get(split, {}) | views for split, views in _metrics(model).items()}
-    _finish(run, cli, results | {"run": _about(cli, best_of(run))})
+    _finish(run, cli, results | {"run": _about(cli, best_of(run), made_by)})
 
 
 @rank_zero_only
 def _finish(run: Path, cli: FusionCLI, results: dict[str, Any]) -> None:
-    write_environment(run)
     write_results(run / "results.json", results)
     for split in (name for name in results if name != "run"):
         print_table(results, split)
@@ -206,10 +206,10 @@ def _metrics(model: RetrievalModule) -> dict[str, dict[str, Any]]:
     return {split: {view: result.metrics for view, result in views.items()} for split, views in model.results.items()}
 
 
-def _about(cli: FusionCLI, checkpoint: Path) -> dict[str, Any]:
+def _about(cli: FusionCLI, checkpoint: Path, made_by: str | None) -> dict[str, Any]:
     return {
         "seed": cli.config.seed_everything,
-        "commit": environment()["commit"],
+        "commit": made_by,
         "manifest": cli.datamodule.manifest_hash,
         "data": str(cli.datamodule.path),
         "checkpoint": str(checkpoint),
@@ -251,7 +251,7 @@ def evaluate_run(run: Path, data: str | None, split: str, out: Path | None, rest
     cli.trainer.test(cli.model, cli.datamodule, ckpt_path=str(checkpoint), weights_only=True, verbose=False)
     folder = out or run / "eval" / f"{cli.datamodule.manifest_hash[:12]}-{split}"
     if cli.trainer.is_global_zero:
-        results = {**_metrics(cli.model), "run": _about(cli, checkpoint)}
+        results = {**_metrics(cli.model), "run": _about(cli, checkpoint, commit())}
         write_results(folder / "results.json", results)
         print_table(results, split)
         print(f"results: {folder / 'results.json'}")

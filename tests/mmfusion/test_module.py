@@ -1,0 +1,218 @@
+"""What the module wires: terms by hand, modality dropout, kept features, precision, logging, and refusals."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Callback
+
+from mmfusion.loggers import AppendingCSVLogger
+from mmfusion.losses import InfoNCE
+from mmfusion.module import Losses
+from mmfusion.stages import Group, LossWeights, Stage, Until
+from tests.ddp import run_ranks
+from tests.small_run import GROUPS, small_data, small_module, small_shards, small_trainer, three_stages
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    return small_shards(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture
+def batch(shards):
+    data = small_data(shards)
+    data.setup("fit")
+    return next(iter(data.train_dataloader()))
+
+
+@pytest.fixture
+def module(shards):
+    module = small_module(dropout=0.0)
+    module.query.encoder.fit(["red cup", "blue hat", "number 12 lamp", "green shoe", "yellow"])
+    return module
+
+
+def test_every_term_by_a_slow_loop(module, batch):
+    """Labels straight from the judged lists; a photo that is missing takes its row and column out of photo terms."""
+    terms = module.terms(batch, set(LossWeights.__dataclass_fields__))
+    vectors = module.product(batch.product) | {"query": module.query(batch.query.text)}
+    rows, scale = range(len(batch)), module.losses["query_text"].scale
+    judged = batch.judged["relevance"]
+    gains = {(int(p), int(q)): float(g) for p, q, g in zip(judged.product, judged.query_id, judged.gain, strict=True)}
+    photo = batch.product.present[:, 1].tolist()
+    assert not all(photo), "the batch must have a product without photo"
+
+    def kind(i: int, j: int, same_product: bool) -> str:
+        if same_product:
+            return "positive" if batch.product.id[i] == batch.product.id[j] else "negative"
+        gain = gains.get((j, int(batch.query.id[i])), 0.0)
+        return "positive" if gain >= 1 else "ignored" if gain > 0 else "negative"
+
+    for name, left, right in (("query_product", "query", "fused"), ("query_text", "query", "text"),
+                              ("query_image", "query", "image"), ("text_image", "text", "image")):  # fmt: skip
+        seen = [j for j in rows if right != "image" or photo[j]]
+        logits = (scale * vectors[left] @ vectors[right].T).double()
+        matrix = {(i, j): (kind(i, j, name == "text_image"), logits[i, j]) for i in rows for j in seen}
+        ways = []
+        for turned in (False, True):
+            losses = []
+            for i in rows:
+                line = [cell for place, cell in matrix.items() if place[turned] == i]
+                positive = [logit for label, logit in line if label == "positive"]
+                if positive:
+                    counted = [logit for label, logit in line if label != "ignored"]
+                    losses.append(torch.stack(counted).logsumexp(0) - torch.stack(positive).logsumexp(0))
+            ways.append(torch.stack(losses).mean())
+        assert terms[name].item() == pytest.approx((ways[0] + ways[1]).item() / 2, rel=1e-5), name
+
+
+def test_modality_dropout_hides_one_of_two_and_never_the_only_one(module, batch):
+    module.modality_dropout = 0.9
+    visible = module._visible(batch.product)
+    assert visible.any(1).all()
+    whole = batch.product.present.all(1)
+    assert (visible[whole].sum(1) == 1).float().mean() > 0.5
+    assert torch.equal(visible[~whole], batch.product.present[~whole])
+    module.modality_dropout = 0.0
+    assert torch.equal(module._visible(batch.product), batch.product.present)
+
+
+class Encodings(Callback):
+    """Rows that each encoder's network saw, per stage."""
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[str, str], int] = {}
+
+    def on_fit_start(self, trainer, pl_module):
+        for name, encoder in (("text", pl_module.product.text.encoder), ("image", pl_module.product.image.encoder)):
+            encoder.register_forward_hook(
+                lambda _, args, __, name=name: self.count(pl_module.stage_name, name, len(args[0]))
+            )
+
+    def count(self, stage: str, name: str, rows: int) -> None:
+        self.rows[stage, name] = self.rows.get((stage, name), 0) + rows
+
+
+def test_frozen_encoders_run_once_per_product_and_the_test_reuses_them(shards, tmp_path):
+    module, seen = small_module(), Encodings()
+    trainer = small_trainer(tmp_path, seen, steps=40, limit_val_batches=1.0)
+    trainer.fit(module, small_data(shards))
+    photos_once = 64 + 2 + 2  # the whole corpus by the end of validation, and two rows of each frozen stage's probe
+    assert seen.rows["align", "image"] + seen.rows["fuse", "image"] <= photos_once
+    assert seen.rows["adapt", "image"] > 16
+    before = dict(seen.rows)
+    trainer.test(module, small_data(shards), verbose=False)
+    queries = 2  # of the split test; those of val were kept in validation
+    assert {key: rows - before.get(key, 0) for key, rows in seen.rows.items() if rows != before.get(key, 0)} == {
+        ("fuse", "text"): queries
+    }
+
+
+def test_kept_features_change_nothing(shards, tmp_path):
+    kept, fresh = small_module(), small_module(memo_gib=0.0)
+    for module in (kept, fresh):
+        small_trainer(tmp_path, steps=20).fit(module, small_data(shards))
+    assert kept.features.memos["image"].count > 0
+    assert fresh.features.memos["image"].count == 0
+    for (name, a), (_, b) in zip(kept.named_parameters(), fresh.named_parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("options", [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2, "steps": 8}])
+def test_other_ways_to_train(shards, tmp_path, options):
+    module = small_module()
+    trainer = small_trainer(tmp_path, **{"limit_val_batches": 1.0, "max_epochs": -1, **options})
+    trainer.fit(module, small_data(shards))
+    assert trainer.global_step == 8
+    assert module.stage_name == "fuse"
+    assert 0 <= module.results["val"]["fused"].metrics["relevance/ndcg@10"]["value"] <= 1
+
+
+@pytest.mark.slow
+def test_torch_compile_gives_the_same_losses(shards, tmp_path):
+    plain, compiled = small_module(), small_module(compile=True)
+    for module in (plain, compiled):
+        small_trainer(tmp_path, steps=8).fit(module, small_data(shards))
+    for (name, a), (other, b) in zip(plain.named_parameters(), compiled.named_parameters(), strict=True):
+        assert name == other
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5), name
+
+
+def test_what_a_run_logs(shards, tmp_path):
+    logger = AppendingCSVLogger(tmp_path, name="exp", version="1")
+    trainer = small_trainer(tmp_path, logger=logger, log_every_n_steps=1, limit_val_batches=1.0)
+    trainer.fit(small_module(), small_data(shards))
+    with (tmp_path / "exp/1/metrics.csv").open() as file:
+        columns = set(csv.DictReader(file).fieldnames or [])
+    wanted = {f"train/{term}" for term in ("query_product", "query_text", "query_image", "text_image")}
+    wanted |= {f"lr/{group}" for group in ("text_encoder", "image_encoder", "projection", "fusion", "scale")}
+    wanted |= {"stage", "train/loss", "train/scale/query_text", "gates/expert_0/mean", "val/primary"}
+    wanted |= {
+        f"val/{view}/relevance/{name}"
+        for view in ("text", "image", "fused")
+        for name in ("ndcg@10", "recall@100", "mrr")
+    }
+    assert wanted - {"lr/scale"} <= columns, wanted - columns
+
+
+def test_a_label_that_the_shards_lack_is_named(shards, tmp_path):
+    module = small_module(losses=Losses(query_text=InfoNCE(label="relevanz")))
+    with pytest.raises(ValueError, match=r"label 'relevanz'.*relevance.*Did you mean relevance"):
+        small_trainer(tmp_path).fit(module, small_data(shards))
+
+
+def test_a_stage_that_trains_nothing_is_an_error(shards, tmp_path):
+    stages = {"all": Stage(Until(fraction=1.0), LossWeights(query_text=1.0))}
+    groups = {name: Group(group.match, "frozen") for name, group in GROUPS.items()}
+    with pytest.raises(ValueError, match="stage 'all' trains nothing"):
+        small_trainer(tmp_path).fit(small_module(stages=stages, groups=groups), small_data(shards))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_place(shards, tmp_path):
+    module = small_module()
+    with torch.no_grad():
+        module.query.projection.network.weight.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="not finite at step 0, stage adapt"):
+        small_trainer(tmp_path).fit(module, small_data(shards))
+
+
+def test_a_copy_of_the_text_encoder_trains_apart_and_a_shared_one_does_not(shards, tmp_path):
+    shared, apart = small_module(), small_module(query="copy")
+    assert shared.query.encoder is shared.product.text.encoder
+    small_trainer(tmp_path).fit(apart, small_data(shards))
+    own, products = (e.network.embedding.weight for e in (apart.query.encoder, apart.product.text.encoder))
+    assert own.requires_grad == products.requires_grad
+    assert not torch.equal(own, products)
+
+
+def batch_norm(rank: int, world: int, shards: Path, folder: Path) -> list[torch.Tensor]:
+    from mmfusion.encoders import TimmEncoder
+
+    image = TimmEncoder("mobilenetv3_small_050", augment="none")
+    stages = {"all": Stage(Until(fraction=1.0), LossWeights(query_image=1.0, query_product=1.0))}
+    module = small_module(image=image, stages=stages)
+    trainer = small_trainer(folder, devices=world, strategy="ddp", steps=3, limit_val_batches=1.0)
+    trainer.fit(module, small_data(shards))
+    return [b.clone() for b in image.buffers()] + [
+        torch.tensor(module.results["val"]["image"].metrics["relevance/ndcg@10"]["value"])
+    ]
+
+
+def test_batch_norms_statistics_are_rank_zeros_when_ranks_evaluate(shards, tmp_path):
+    first, second = run_ranks(batch_norm, 2, shards, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_stages_may_be_any_list(shards, tmp_path):
+    frozen = dict(three_stages()["align"].rates)
+    stages = {
+        "adapt": Stage(Until(steps=2), LossWeights(text_image=1.0)),
+        "words": Stage(Until(epochs=1.5), LossWeights(query_text=1.0), frozen),
+        "photos": Stage(Until(fraction=0.75), LossWeights(query_image=1.0), frozen),
+        "fuse": Stage(Until(fraction=1.0), LossWeights(query_product=1.0), frozen),
+    }
+    module = small_module(stages=stages)
+    small_trainer(tmp_path, steps=8).fit(module, small_data(shards))
+    assert module.stage_plan.ends == [2, round(1.5 * 3), 6, 8]
