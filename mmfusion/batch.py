@@ -117,7 +117,9 @@ class RetrievalData(Protocol):
     manifest_hash: str
     val_loaders: list[str]  # what each validation loader yields: "queries/<split>" or "corpus"
     test_loaders: list[str]
-    gains: dict[str, dict[str, float] | None]  # per label column, what each label is worth; None: labels are numbers
+    val_corpus: str  # "all", or "judged+N": a sample that metrics must name
+    gains: dict[str, Any]  # per label column, what its labels are worth and from where on they are relevant
+    inputs: str  # identifies what encoders see of the data: the manifest and how products are shown
 
     def texts(self) -> Iterator[str]:
         """Product texts of trainable products and train queries: what a tokenizer from scratch is trained on."""

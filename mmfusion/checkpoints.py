@@ -12,7 +12,7 @@ BEST, LAST = "best.ckpt", "last.ckpt"
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """checkpoints/last.ckpt, at each epoch's end and, when asked, every so many steps."""
+    """checkpoints/last.ckpt, at each epoch's end or, when asked, every so many steps; and at the end of training."""
 
     def __init__(self, folder: Path, every_n_train_steps: int | None = None) -> None:
         super().__init__(
@@ -20,6 +20,10 @@ class LastCheckpoint(ModelCheckpoint):
             every_n_epochs=None if every_n_train_steps else 1, save_on_train_epoch_end=True,
             enable_version_counter=False,
         )  # fmt: skip
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._last_global_step_saved != trainer.global_step:
+            trainer.save_checkpoint(Path(cast(str, self.dirpath)) / LAST)
 
 
 class BestCheckpoint(ModelCheckpoint):

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -12,6 +13,7 @@ from pathlib import Path
 
 EXPERIMENTS = Path("experiments")
 DEMO = Path("data/demo")
+ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
@@ -25,20 +27,23 @@ def main() -> None:
         sys.exit(2)
     try:
         verbs[verb](rest)
-    except (ValueError, FileNotFoundError, FileExistsError, argparse.ArgumentError) as error:
-        if os.environ.get("MMFUSION_TRACEBACK") or not _is_ours(error):
+    except Exception as error:
+        if os.environ.get("MMFUSION_TRACEBACK") or not _is_for_users(error):
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {str(error).removeprefix('argument None: ')}", file=sys.stderr)
         sys.exit(2)
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Whether the message was written for users: raised by our own code or by the parser of options."""
-    if isinstance(error, argparse.ArgumentError):
+def _is_for_users(error: Exception) -> bool:
+    """Whether the message was written for users: by our own checks, the parser of options or Lightning's checks."""
+    if isinstance(error, argparse.ArgumentError) or type(error).__name__ == "MisconfigurationException":
         return True
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return any(parent.name in ("mmfusion", "datamodules") for parent in raised_in.parents)
+    own = [ROOT / "mmfusion", ROOT / "datamodules"]
+    return isinstance(error, ValueError | FileNotFoundError | FileExistsError) and any(
+        folder in raised_in.parents for folder in own
+    )
 
 
 def _parser(verb: str, **arguments: str) -> argparse.ArgumentParser:
@@ -55,7 +60,7 @@ def train(argv: list[str]) -> None:
     options, rest = parser.parse_known_args(argv)
     experiment = _named(EXPERIMENTS, options.exp, "EXP", leave_out=("base",))
     overlay = _named(EXPERIMENTS / "encoders", options.encoders, "ENCODERS")
-    if Path(options.data) == DEMO and not DEMO.exists():
+    if Path(options.data) == DEMO and os.environ.get("LOCAL_RANK", "0") == "0":
         importer("demo")(DEMO)
     configs = [f"--config={path}" for path in (EXPERIMENTS / "base.yaml", overlay, experiment)]
     fit([*configs, f"--experiment={options.exp}", f"--data.path={options.data}", *rest])
@@ -82,22 +87,48 @@ def fit(argv: list[str]) -> None:
 
 
 def _run_folder(argv: Sequence[str]) -> Path:
-    """runs/<experiment>/<version>: the folder of the checkpoint that a run resumes, or a new one named by the time.
+    """runs/<experiment>/<version>: the folder of the checkpoint that a run resumes, or a new one.
 
-    All ranks have to agree: ranks that Lightning starts inherit the name, those of a cluster's launcher share its job.
+    All ranks have to agree before they can talk: those that Lightning starts inherit the name, those of a cluster's
+    launcher share its job. Raises ValueError for a folder that holds another run already.
     """
-    given = dict(arg.removeprefix("--").split("=", 1) for arg in argv if arg.startswith("--") and "=" in arg)
-    if given.get("resume", "null") != "null":
-        checkpoint = Path(given["resume"])
+    import yaml  # noqa: PLC0415
+
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--config", action="append", default=[], type=Path)
+    for name in ("experiment", "runs", "resume"):
+        parser.add_argument(f"--{name}")
+    given, _ = parser.parse_known_args(argv)
+    files = [yaml.safe_load(path.read_text()) or {} for path in given.config if path.is_file()]
+    set_in_files = {key: value for file in files for key, value in file.items() if key in vars(given)}
+    if given.resume not in (None, "null"):
+        checkpoint = Path(given.resume)
         if not checkpoint.is_file() or checkpoint.parent.name != "checkpoints":
             raise FileNotFoundError(
                 f"--resume={checkpoint} is no checkpoint of a run: those are runs/<exp>/<version>/checkpoints/*.ckpt"
             )
         return checkpoint.parents[1]
-    job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID")
-    version = f"job-{job}" if job and job != "none" else datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    folder = Path(given.get("runs", "runs")) / given.get("experiment", "custom") / version
-    return Path(os.environ.setdefault("MMFUSION_RUN", str(folder)))
+    root = Path(given.runs or set_in_files.get("runs") or "runs")
+    folder = root / (given.experiment or set_in_files.get("experiment") or "custom") / _version()
+    if (folder / "config.yaml").exists():
+        raise ValueError(f"{folder} holds a run: go on with --resume={folder}/checkpoints/last.ckpt, or move it away")
+    return folder
+
+
+def _version() -> str:
+    """A name for a new run that all its ranks find by themselves."""
+    if inherited := os.environ.get("MMFUSION_VERSION"):
+        return inherited
+    launcher = os.environ.get("TORCHELASTIC_RUN_ID")
+    if launcher not in (None, "none"):
+        return f"job-{launcher}"
+    if launcher == "none":
+        if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+            raise ValueError("several nodes must agree on the run's name: start torchrun with --rdzv-id=NAME")
+        return time.strftime("%Y%m%d-%H%M%S", time.gmtime(Path(f"/proc/{os.getppid()}").stat().st_ctime))
+    if os.environ.get("SLURM_PROCID") and os.environ.get("SLURM_NTASKS", "1") != "1":
+        return f"job-{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_STEP_ID', '0')}"
+    return os.environ.setdefault("MMFUSION_VERSION", datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")[:-4])
 
 
 def data(argv: list[str]) -> None:
@@ -140,12 +171,13 @@ def compare(argv: list[str]) -> None:
     """Runs side by side, with what differs in their configurations."""
     parser = argparse.ArgumentParser(prog="mmfusion compare")
     parser.add_argument("runs", nargs="*", type=Path)
+    parser.add_argument("--split", help="split to compare; test where all have it")
     options = parser.parse_args(argv)
     if not options.runs:
         raise ValueError('make compare needs RUNS="runs/a runs/b": folders that hold a results.json')
     from mmfusion.retrieval.compare import compare as compare_runs  # noqa: PLC0415
 
-    compare_runs(options.runs)
+    compare_runs(options.runs, options.split)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class ExampleTable(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast(RetrievalModule, pl_module)
         for logger in trainer.loggers:
-            if trainer.is_global_zero and isinstance(logger, WandbLogger):
+            if trainer.is_global_zero and trainer.global_step and isinstance(logger, WandbLogger):
                 for split, views in module.results.items():
                     columns, rows = self.table(views[module.primary], module.data)
                     logger.log_table(f"{split}/examples", columns=columns, data=rows)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mmfusion.batch import ProductBatch, QueryBatch
 from mmfusion.encoders import Encoded
-from mmfusion.stages import checksum
+from mmfusion.ranks import checksum
 from mmfusion.towers import MODALITIES, ProductTower, QueryTower, View
 
 
@@ -27,7 +27,6 @@ class FeatureMemo:
     def __init__(self, keep_tokens: bool, limit_gib: float) -> None:
         self.keep_tokens = keep_tokens
         self.limit_bytes = int(limit_gib * 2**30)
-        self.hits, self.misses = 0, 0
         self.clear()
 
     def clear(self) -> None:
@@ -52,17 +51,27 @@ class FeatureMemo:
         cpu_ids = ids.cpu()
         self._reserve(int(cpu_ids.max()) + 1)
         missing = (self.slot[cpu_ids] < 0).nonzero().flatten()
-        self.hits += len(ids) - len(missing)
-        self.misses += len(missing)
         if len(missing):
             with torch.no_grad():
                 fresh = self._shorten(encode(missing.tolist()))
             if not self._keep(cpu_ids[missing], fresh):
-                rest = self._shorten(encode(list(range(len(ids))))) if len(missing) < len(ids) else fresh
-                return rest
+                return self._joined(cpu_ids, missing, fresh)
+        return self._of(self.slot[cpu_ids])
+
+    def _of(self, slots: Int[Tensor, "product"]) -> Encoded:
         assert self.kept is not None
-        rows = self.slot[cpu_ids].to(ids.device)
+        rows = slots.to(self.kept.pooled.device)
         return Encoded(self.kept.pooled[rows], self.kept.tokens[rows], self.kept.mask[rows])
+
+    def _joined(self, ids: Int[Tensor, "product"], missing: Int[Tensor, "missing"], fresh: Encoded) -> Encoded:
+        """Rows that are kept, and fresh ones that could not be, in the batch's order."""
+        if self.kept is None:
+            return fresh
+        length = max(self.kept.mask.shape[1], fresh.mask.shape[1])
+        kept, fresh = _lengthen(self._of(self.slot[ids].clamp(min=0)), length), _lengthen(fresh, length)
+        for part, new in ((kept.pooled, fresh.pooled), (kept.tokens, fresh.tokens), (kept.mask, fresh.mask)):
+            part[missing.to(part.device)] = new
+        return kept
 
     def _shorten(self, encoded: Encoded) -> Encoded:
         if self.keep_tokens:
@@ -142,6 +151,7 @@ class Features:
         keep_tokens = product.fusion is not None and product.fusion.needs_tokens
         self.memos = {"query": FeatureMemo(False, limit_gib)}
         self.memos |= {name: FeatureMemo(keep_tokens, limit_gib) for name in MODALITIES}
+        self.inputs = ""
 
     def queries(self, batch: QueryBatch) -> Float[Tensor, "query dim"]:
         """Unit vectors of queries."""
@@ -162,8 +172,15 @@ class Features:
             )
         return self.product.project(encoded)
 
-    def sync(self) -> None:
-        """Forgets what other weights have made. Called wherever weights may have changed: stages, checkpoints."""
+    def sync(self, inputs: str) -> None:
+        """Forgets what other weights, or other data, have made. Called where they may have changed: stages, loading.
+
+        inputs: identifies what encoders see of the data (RetrievalData.inputs).
+        """
+        if inputs != self.inputs:
+            for memo in self.memos.values():
+                memo.clear()
+            self.inputs = inputs
         self.memos["query"].sync(self.query.encoder)
         for name in MODALITIES:
             view = getattr(self.product, name)

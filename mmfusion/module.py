@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal, cast
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from mmfusion import optim as optimisation
 from mmfusion.batch import ProductBatch, QueryBatch, RetrievalData, TupleBatch
-from mmfusion.encoders import ImageEncoder, TextEncoder
+from mmfusion.encoders import ImageEncoder, ScratchTextEncoder, TextEncoder
 from mmfusion.encoders.augment import uniforms
 from mmfusion.features import Features
 from mmfusion.fusion import FusionHead, Gated
@@ -26,6 +27,11 @@ from mmfusion.stages import Group, Stage, StagedModule, StagePlan
 from mmfusion.towers import MODALITIES, ProductTower, QueryTower, View
 
 Modality = Literal["text", "image"]
+# Parts that a model may lack: rules of the learning-rate table may name them all the same.
+SWITCHABLE = [
+    *(f"product.{name}.{part}." for name in MODALITIES for part in ("encoder", "projection", "token_projection")),
+    "product.fusion.",
+]
 
 
 @dataclass
@@ -135,6 +141,10 @@ class RetrievalModule(StagedModule):
                 raise ValueError(f"model.stages.{name}.losses: every weight is 0; give one of {', '.join(TERM_VIEWS)}")
 
     def _check_zero_shot(self) -> None:
+        if isinstance(self.query.encoder, ScratchTextEncoder):
+            raise ValueError(
+                "model.zero_shot needs pretrained encoders; ScratchTextEncoder knows nothing before training"
+            )
         for part in (self.query, self.product.text, self.product.image):
             weight = None if part is None else getattr(part.projection.network, "weight", None)
             if part is not None and (weight is None or weight.shape[0] != weight.shape[1]):
@@ -184,7 +194,7 @@ class RetrievalModule(StagedModule):
     def terms(self, batch: TupleBatch, names: set[str]) -> dict[str, Float[Tensor, ""]]:
         """The loss terms `names` on one rank's share of the batch; DDP's mean over ranks is the whole batch's loss."""
         needed = sides(names)
-        vectors = self.views(batch.product, needed - {"query"}, self._visible(batch.product))
+        vectors = self.views(batch.product, needed - {"query"})
         if "query" in needed:
             vectors["query"] = self.features.queries(batch.query)
         everything = torch.ones_like(batch.product.present[:, 0])
@@ -200,14 +210,13 @@ class RetrievalModule(StagedModule):
             terms[name] = loss(vectors[left], vectors[right], pairs[key], *sides_valid)
         return terms
 
-    def views(
-        self, batch: ProductBatch, names: set[str], present: Bool[Tensor, "product 2"]
-    ) -> dict[str, Float[Tensor, "product dim"]]:
-        """The product views `names` as unit vectors; `present` is what the fused view may see."""
+    def views(self, batch: ProductBatch, names: set[str]) -> dict[str, Float[Tensor, "product dim"]]:
+        """The product views `names` as unit vectors; in training the fused view may miss a modality (dropout)."""
         projected = self.features.products(batch, set(MODALITIES) if "fused" in names else names)
+        visible = self._visible(batch) if self.training else batch.present
         if "fused" in names and self._logs_now():
-            self._log_gates(projected, present)
-        return self.product.vectors(projected, names, present)
+            self._log_gates(projected, visible)
+        return self.product.vectors(projected, names, batch.present, visible)
 
     def _visible(self, batch: ProductBatch) -> Bool[Tensor, "product 2"]:
         """What is there, less what modality dropout hides: of two modalities one, never the only one."""
@@ -234,7 +243,7 @@ class RetrievalModule(StagedModule):
         if total in (-1, float("inf")):
             raise ValueError("stages need a run of known length: set trainer.max_epochs or trainer.max_steps")
         self.trainer.fit_loop.setup_data()  # with max_steps, Lightning has not counted the epoch's batches yet
-        steps_per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         self.stage_plan = StagePlan.lay(self.stages, int(total), steps_per_epoch)
         optimizer, schedule = optimisation.build(
             self, self.assigned, self.groups, self.stages, self.stage_plan, self.optim
@@ -243,16 +252,17 @@ class RetrievalModule(StagedModule):
 
     # ---- stages ------------------------------------------------------------------------------------------------------
 
-    def trainable(self, index: int, batch: TupleBatch) -> set[str]:
-        """Parameters that stage `index` trains: not frozen by their rate, and reached by the stage's losses."""
+    def trainable(self, index: int, batch: TupleBatch) -> tuple[list[str], list[str]]:
+        """Parameters that their rates let train: those that the stage's losses reach, and the others."""
         stage = self.stages[self.stage_plan.names[index]]
-        rated = {n for n, group in self.assigned.items() if optimisation.rate_of(self.groups, stage, group) != "frozen"}
+        rated = [n for n, group in self.assigned.items() if optimisation.rate_of(self.groups, stage, group) != "frozen"]
         terms = set(stage.losses.active())
-        return rated & reached(self, self.query, self.product, self.losses, terms, batch)
+        within_reach = reached(self, self.query, self.product, self.losses, terms, batch)
+        return [n for n in rated if n in within_reach], [n for n in rated if n not in within_reach]
 
     def on_stage(self, index: int) -> None:
         super().on_stage(index)
-        self.features.sync()
+        self.features.sync(self.data.inputs)
 
     # ---- resuming ----------------------------------------------------------------------------------------------------
 
@@ -279,11 +289,11 @@ class RetrievalModule(StagedModule):
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self.features.sync()
+        self.features.sync(self.data.inputs)
         self.collected = {name: {} for name in self.data.val_loaders}
 
     def on_test_epoch_start(self) -> None:
-        self.features.sync()
+        self.features.sync(self.data.inputs)
         self.collected = {name: {} for name in self.data.test_loaders}
 
     def validation_step(self, batch: QueryBatch | ProductBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -297,17 +307,19 @@ class RetrievalModule(StagedModule):
         if isinstance(batch, QueryBatch):
             vectors = {"query": self.features.queries(batch)}
         else:
-            vectors = self.views(batch, set(self.product.views), batch.present)
+            vectors = self.views(batch, set(self.product.views))
         for view, rows in vectors.items():
             collectors.setdefault(view, Collector()).add(rows, batch.id, batch.valid)
 
     def on_validation_epoch_end(self) -> None:
         self._evaluate()
+        corpus = "" if self.data.val_corpus == "all" else f" in {self.data.val_corpus}"
         for split, views in self.results.items():
             for view, result in views.items():
-                self.log_dict({f"{split}/{view}/{name}": cell["value"] for name, cell in result.metrics.items()})
+                values = {f"{split}/{view}/{name}{corpus}": cell["value"] for name, cell in result.metrics.items()}
+                self.log_dict(values)
             main = next(name for name in views[self.primary].metrics if name.endswith("ndcg@10"))
-            self.log(f"{split}/primary", views[self.primary].metrics[main]["value"], prog_bar=True)
+            self.log(f"{split}/primary", views[self.primary].metrics[main]["value"])
 
     def on_test_epoch_end(self) -> None:
         self._evaluate()
@@ -329,21 +341,21 @@ class RetrievalModule(StagedModule):
     # ---- logging -----------------------------------------------------------------------------------------------------
 
     def _logs_now(self) -> bool:
-        trainer = self._trainer
-        return self.training and trainer is not None and trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        """Whether Lightning writes this training step; a value logged in between would be written late, or never."""
+        return self.training and self._trainer is not None and self.trainer._logger_connector.should_update_logs
 
     def _log_step(self, total: Tensor, terms: dict[str, Tensor], size: int) -> None:
-        self.log("train/loss", total, prog_bar=True, batch_size=size)
         if not self._logs_now():
             return
-        for name, value in terms.items():
-            self.log(f"train/{name}", value, batch_size=size)
+        values = {"train/loss": total, "stage": torch.tensor(float(self.stage), device=total.device)}
+        for name, term in terms.items():
+            values[f"train/{name}"] = term
             if isinstance(scale := getattr(self.losses[name], "scale", None), Tensor):
-                self.log(f"train/scale/{name}", scale, batch_size=size)
-        self.log("stage", float(self.stage), batch_size=size)
-        for group in cast(torch.optim.Optimizer, self.optimizers()).param_groups:
-            if not group["name"].endswith("/no_decay"):
-                self.log(f"lr/{group['name']}", group["lr"], batch_size=size)
+                values[f"train/scale/{name}"] = scale
+        self.log_dict(values, batch_size=size, sync_dist=True)
+        groups = cast(torch.optim.Optimizer, self.optimizers()).param_groups
+        rates = {f"lr/{group['name'].removesuffix('/no_decay')}": group["lr"] for group in groups}
+        self.log_dict(rates, batch_size=size, sync_dist=False)
 
     def _log_gates(self, projected: dict[str, Any], present: Bool[Tensor, "product 2"]) -> None:
         """Mean and spread of the head's gates or expert weights over the batch."""
@@ -351,12 +363,8 @@ class RetrievalModule(StagedModule):
         with torch.no_grad():
             gates = self.product.fusion.gates(projected["text"], projected["image"], present)
         for name, weights in gates.items():
-            self.log(f"gates/{name}/mean", weights.float().mean(), batch_size=len(weights))
-            self.log(f"gates/{name}/std", weights.float().std(unbiased=False), batch_size=len(weights))
-
-
-# Parts that a model may lack: rules of the learning-rate table may name them all the same.
-SWITCHABLE = [
-    *(f"product.{name}.{part}." for name in MODALITIES for part in ("encoder", "projection", "token_projection")),
-    "product.fusion.",
-]
+            spread = {
+                f"gates/{name}/mean": weights.float().mean(),
+                f"gates/{name}/std": weights.float().std(correction=0),
+            }
+            self.log_dict(spread, batch_size=len(weights), sync_dist=True)

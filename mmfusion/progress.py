@@ -41,12 +41,8 @@ class RunProgress(ProgressBar):
     ) -> None:
         assert self.run_bar is not None
         self.run_bar.set_description(f"stage {pl_module.stage_name}, epoch {trainer.current_epoch}", refresh=False)
-        shown = {
-            name.rsplit("/", 1)[-1]: f"{float(value):.3f}"
-            for name, value in trainer.progress_bar_metrics.items()
-            if name in ("train/loss", "val/primary")
-        }
-        self.run_bar.set_postfix(shown, refresh=False)
+        shown = {"loss": outputs["loss"], "val": trainer.callback_metrics.get("val/primary")}
+        self.run_bar.set_postfix({k: f"{float(v):.3f}" for k, v in shown.items() if v is not None}, refresh=False)
         self.run_bar.update(trainer.global_step - self.run_bar.n)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,6 +1,7 @@
 """A run from its configuration to its results: LightningCLI with the project's callbacks, loggers and folders."""
 
 import contextlib
+import dataclasses
 import difflib
 import json
 import re
@@ -28,22 +29,28 @@ from mmfusion.examples import ExampleTable
 from mmfusion.loggers import Wandb, make_loggers
 from mmfusion.module import RetrievalModule
 from mmfusion.progress import RunProgress
-from mmfusion.retrieval.report import print_table, write_results
-from mmfusion.stages import StageSwitch
+from mmfusion.retrieval.report import print_table, read_results, write_results
+from mmfusion.stages import Group, LossWeights, Stage, StageSwitch, Until
 
 # What may differ when a run is resumed: where things are, how fast they are made, what is only reported.
-FREE = (
-    "data.path", "data.workers", "data.eval_batch_size", "data.val_corpus", "data.test_splits", "data.photo_cache_mib",
+RESUME_MAY_CHANGE = (
+    "data.path", "data.workers", "data.eval_batch_size", "data.test_splits", "data.photo_cache_mib",
     "model.memo_gib", "model.depth", "model.compile", "model.zero_shot",
 )  # fmt: skip
-BOUND_TRAINER = (
-    "max_epochs",
-    "max_steps",
-    "accumulate_grad_batches",
-    "gradient_clip_val",
-    "precision",
+# The trainer's options that decide the weights; its others may change.
+RESUME_KEEPS_OF_TRAINER = (
+    "max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision",
     "limit_train_batches",
-)
+)  # fmt: skip
+# Options of Lightning's trainer that a run of this project decides itself.
+DECIDED = {
+    "logger": (False, "loggers are chosen by --wandb.mode; metrics.csv is always written"),
+    "enable_checkpointing": (None, "the best checkpoint is what a run is evaluated with"),
+    "fast_dev_run": (False, "try --trainer.max_steps=10 instead"),
+}
+
+
+ZERO_SHOT = "zero_shot.json"
 
 
 class FusionCLI(LightningCLI):
@@ -85,6 +92,7 @@ class FusionCLI(LightningCLI):
         parser.add_argument("--wandb", type=Wandb, default=Wandb(), help="Weights & Biases")
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+        parser.link_arguments("model.modalities", "data.init_args.modalities")
 
     def resolved(self) -> str:
         """The options as config.yaml holds them; it runs again as it is, from the start."""
@@ -93,6 +101,9 @@ class FusionCLI(LightningCLI):
         return self.parser.dump(config, skip_unset=False)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        for name, (kept, why) in DECIDED.items():
+            if self.config.trainer[name] not in (kept, None):
+                raise ValueError(f"trainer.{name} is not an option of a run: {why}")
         callbacks: list[Callback] = [StageSwitch()]
         if self.config.trainer.enable_progress_bar is not False:
             callbacks.append(RunProgress())
@@ -111,13 +122,13 @@ RATE = re.compile(r"--model\.stages\.([^.=]+)\.rates\.([^.=]+)=(.*)")
 def with_merged_rates(argv: list[str]) -> list[str]:
     """`--model.stages.S.rates.G=R` as the whole table of stage S: the parser would drop the stage's other rates."""
     tables: dict[str, dict[str, Any]] = {}
+    joined = [
+        f"--config={arg}" if before == "--config" else arg for before, arg in zip(["", *argv], argv, strict=False)
+    ]
     rest = []
-    for arg in argv:
+    for arg in (arg for arg in joined if arg != "--config"):
         if arg.startswith("--config="):
-            path = Path(arg.removeprefix("--config="))
-            config = yaml.safe_load(path.read_text()) if path.is_file() else None
-            stages = ((config or {}).get("model") or {}).get("stages")
-            tables = {name: dict(stage.get("rates") or {}) for name, stage in stages.items()} if stages else tables
+            tables = _rates_after(tables, Path(arg.removeprefix("--config=")))
         if match := RATE.fullmatch(arg):
             stage, group, rate = match.groups()
             tables.setdefault(stage, {})[group] = _number(rate)
@@ -125,6 +136,15 @@ def with_merged_rates(argv: list[str]) -> list[str]:
         else:
             rest.append(arg)
     return rest
+
+
+def _rates_after(tables: dict[str, dict[str, Any]], file: Path) -> dict[str, dict[str, Any]]:
+    """Each stage's rates once a file is laid over: its stages replace those before, keeping what they do not name."""
+    config = yaml.safe_load(file.read_text()) if file.is_file() else None
+    stages = ((config or {}).get("model") or {}).get("stages")
+    if not stages:
+        return tables
+    return {name: dict(stage.get("rates", tables.get(name, {})) or {}) for name, stage in stages.items()}
 
 
 def _number(rate: str) -> float | str:
@@ -135,14 +155,21 @@ def _number(rate: str) -> float | str:
 
 def explained(message: str, parser: LightningArgumentParser) -> str:
     """The parser's message, with the names that it should have shown."""
-    if "model.fusion" in message:
+    if re.search(r"Parser key .model\.fusion", message):
         heads = [name for name in mmfusion.fusion.__all__ if name != "FusionHead"]
         message += f"\nmodel.fusion takes a class name: {', '.join(heads)}"
     options = [option for action in parser._actions for option in action.option_strings]
+    of_stages = [f.name for part in (Stage, Until, LossWeights, Group) for f in dataclasses.fields(part)]
     for unknown in re.findall(r"--[\w.]+", message) if "unrecognized" in message else []:
-        near = difflib.get_close_matches(unknown, options, 3)
-        message += f"\n{unknown}: the nearest options are {', '.join(near)}" if near else ""
+        message += _nearest(unknown, options)
+    for unknown in re.findall(r"option '([\w.]+)'", message):
+        message += _nearest(unknown, of_stages)
     return message
+
+
+def _nearest(unknown: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(unknown, known, 3)
+    return f"\n{unknown}: the nearest names are {', '.join(near)}" if near else ""
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -158,9 +185,9 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 def contract(config: dict[str, Any]) -> dict[str, Any]:
     """What a resumed run must share with the run it goes on from, as dotted keys."""
     bound = {key: config[key] for key in ("seed_everything", "model", "data")}
-    bound["trainer"] = {key: config["trainer"].get(key) for key in BOUND_TRAINER}
+    bound["trainer"] = {key: config["trainer"].get(key) for key in RESUME_KEEPS_OF_TRAINER}
     flat = {key.replace(".init_args.", "."): value for key, value in flatten(bound).items()}
-    return {key: value for key, value in flat.items() if not key.startswith(FREE)}
+    return {key: value for key, value in flat.items() if not key.startswith(RESUME_MAY_CHANGE)}
 
 
 def fit_and_evaluate(cli: FusionCLI) -> None:
@@ -175,10 +202,12 @@ def fit_and_evaluate(cli: FusionCLI) -> None:
     model.contract = contract(yaml.safe_load(cli.resolved()))
     made_by = commit()  # the code that trains, not what the checkout holds hours later
     with _nothing_half_written(run, cli.trainer):
-        zero_shot = _zero_shot(cli) if model.zero_shot and resume is None else {}
+        if model.zero_shot and resume is None:
+            _zero_shot(cli)
         cli.trainer.fit(model, cli.datamodule, ckpt_path=resume, weights_only=True)
     cli.trainer.test(model, cli.datamodule, ckpt_path=str(best_of(run)), weights_only=True, verbose=False)
-    results = {split: zero_shot.get(split, {}) | views for split, views in _metrics(model).items()}
+    before = read_results(run / ZERO_SHOT) if model.zero_shot and (run / ZERO_SHOT).is_file() else {}
+    results = {split: before.get(split, {}) | views for split, views in _metrics(model).items()}
     _finish(run, cli, results | {"run": _about(cli, best_of(run), made_by)})
 
 
@@ -215,16 +244,24 @@ def _about(cli: FusionCLI, checkpoint: Path, made_by: str | None) -> dict[str, A
         "checkpoint": str(checkpoint),
         "gains": cli.datamodule.gains,
         "primary": cli.model.primary,
+        "left_out": {
+            f"{split}/{name}": count
+            for split, views in cli.model.results.items()
+            for name, count in views[cli.model.primary].left_out().items()
+            if count
+        },
     }
 
 
-def _zero_shot(cli: FusionCLI) -> dict[str, Any]:
-    """Every view before any training: what the encoders reach as they come."""
+def _zero_shot(cli: FusionCLI) -> None:
+    """Every view before any training: what the encoders reach as they come. Kept for the report of a resumed run."""
     cli.trainer.test(cli.model, cli.datamodule, verbose=False)
-    return {
-        split: {f"zero_shot_{view}": metrics for view, metrics in views.items()}
-        for split, views in _metrics(cli.model).items()
-    }
+    if cli.trainer.is_global_zero:
+        named = {
+            split: {f"zero_shot_{view}": metrics for view, metrics in views.items()}
+            for split, views in _metrics(cli.model).items()
+        }
+        write_results(cli.run_folder / ZERO_SHOT, named)
 
 
 @contextlib.contextmanager
@@ -235,8 +272,9 @@ def _nothing_half_written(run: Path, trainer: Trainer) -> Iterator[None]:
     except BaseException:
         if not existed and trainer.global_step == 0 and trainer.is_global_zero:
             shutil.rmtree(run, ignore_errors=True)
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # its empty parents; others' runs keep them
                 run.parent.rmdir()
+                run.parents[1].rmdir()
         raise
 
 

@@ -12,12 +12,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast
 
-import torch
-from jaxtyping import Int
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
+
+from mmfusion.ranks import check_ranks_agree, sync_buffers, wrap_again
 
 Rate = float | Literal["frozen"]
 
@@ -72,6 +71,11 @@ class LossWeights:
     query_image: float = 0.0
     text_image: float = 0.0
 
+    def __post_init__(self) -> None:
+        negative = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) < 0}
+        if negative:
+            raise ValueError(f"loss weights must not be negative; received {negative}")
+
     def active(self) -> dict[str, float]:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) > 0}
 
@@ -106,6 +110,10 @@ class Stage:
     rates: dict[str, Rate] = field(default_factory=dict)
     warmup: float = 0.05
     decay: Literal["cosine", "linear", "none"] = "cosine"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"a stage's warmup is a fraction of it, from 0 to below 1; received {self.warmup}")
 
 
 @dataclass
@@ -153,34 +161,6 @@ def set_modes(module: nn.Module) -> None:
         set_modes(child)
 
 
-def checksum(parameters: Iterable[Tensor]) -> Int[Tensor, "parameter"]:
-    """One integer per parameter from the bits of its values; equal tensors give equal sums on any device."""
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [p.detach().contiguous().view(bits[p.element_size()]).sum(dtype=torch.int64) for p in parameters]
-    return torch.stack(sums)
-
-
-def check_ranks_agree(module: nn.Module, where: str) -> None:
-    """Raises RuntimeError naming the first parameters whose bits differ between ranks. Called on every rank at once."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    names, parameters = zip(*module.named_parameters(), strict=True)
-    own = checksum(parameters)
-    every = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(every, own)
-    differs = torch.stack([own != other for other in torch.stack(every)]).any(0)
-    if bool(differs.any()):
-        drifted = [name for name, bad in zip(names, differs.tolist(), strict=True) if bad]
-        raise RuntimeError(f"ranks hold different weights {where}: {len(drifted)} parameters, first {drifted[:3]}")
-
-
-def sync_buffers(module: nn.Module) -> None:
-    """Rank 0's buffers (BatchNorm statistics) on every rank, so that all evaluate and save the same model."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for buffer in module.buffers():
-            torch.distributed.broadcast(buffer, src=0)
-
-
 def summarise(names: Iterable[str]) -> str:
     """Parameter names as the parts of the model they belong to: `product.fusion (12), losses.query_product (1)`."""
     counts: dict[str, int] = {}
@@ -201,8 +181,11 @@ class StagedModule(LightningModule):
         return self.stage_plan.names[self.stage]
 
     @abstractmethod
-    def trainable(self, index: int, batch: Any) -> set[str]:
-        """Names of the parameters that stage `index` trains; `batch` is the batch at hand."""
+    def trainable(self, index: int, batch: Any) -> tuple[list[str], list[str]]:
+        """Names of the parameters that stage `index` trains, and of those that it would, if its losses reached them.
+
+        `batch` is the batch at hand.
+        """
 
     def on_stage(self, index: int) -> None:
         """Called when the stage's parameters are trainable and its modes set, before DDP wraps again."""
@@ -228,20 +211,22 @@ class StageSwitch(Callback):
     def apply(self, trainer: Trainer, module: StagedModule, index: int, batch: Any) -> None:
         name = module.stage_plan.names[index]
         check_ranks_agree(module, f"before stage {name!r}")
-        trainable = module.trainable(index, batch)
+        sync_buffers(module)
+        trainable, unreached = module.trainable(index, batch)
         if not trainable:
             raise ValueError(f"stage {name!r} trains nothing: every group that its losses reach is frozen")
         for parameter_name, parameter in module.named_parameters():
             parameter.requires_grad_(parameter_name in trainable)
-            if parameter_name not in trainable:
+            if not parameter.requires_grad:
                 parameter.grad = None
         set_modes(module)
         module.on_stage(index)
         wrap_again(trainer)
-        frozen = [n for n, p in module.named_parameters() if not p.requires_grad]
+        frozen = [n for n, p in module.named_parameters() if not p.requires_grad and n not in unreached]
         rank_zero_info(
-            f"stage {name}: from step {trainer.global_step} to {module.stage_plan.ends[index]}; "
-            f"trains {summarise(trainable)}; frozen {summarise(frozen)}"
+            f"stage {name}: from step {trainer.global_step} to {module.stage_plan.ends[index]}\n"
+            f"  trains {summarise(trainable)}\n  frozen by its rates: {summarise(frozen)}\n"
+            f"  frozen because no loss of the stage reaches it: {summarise(unreached)}"
         )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -251,20 +236,3 @@ class StageSwitch(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_ranks_agree(pl_module, "at the end of training")
         sync_buffers(pl_module)
-
-
-def wrap_again(trainer: Trainer) -> None:
-    """A new DDP wrapper over what is trainable now; the old one's reducer is dropped first.
-
-    Private calls of Lightning 2.6 (pinned in pyproject.toml, covered by tests/mmfusion/test_stages_ddp.py).
-    """
-    strategy = trainer.strategy
-    if (
-        isinstance(strategy, DDPStrategy)
-        and strategy.model is not None
-        and strategy.model is not strategy.lightning_module
-    ):
-        assert strategy.lightning_module is not None
-        strategy.model = None
-        strategy.model = strategy._setup_model(strategy.lightning_module)
-        strategy._register_ddp_hooks()

@@ -3,6 +3,7 @@
 `encode` and `project` are apart, because the outputs of a frozen encoder are computed once and projected many times.
 """
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -108,8 +109,21 @@ class ProductTower(nn.Module):
         return self.vectors(self.project(self.encode(batch, set(self.views))), set(self.views), batch.present)
 
     def vectors(
-        self, projected: dict[str, Encoded], names: set[str], present: Bool[Tensor, "product 2"]
+        self,
+        projected: dict[str, Encoded],
+        names: set[str],
+        present: Bool[Tensor, "product 2"],
+        visible: Bool[Tensor, "product 2"] | None = None,
     ) -> dict[str, Float[Tensor, "product dim"]]:
-        """The views `names` from the projected modalities that they are made of."""
-        views = {name: part.pooled for name, part in projected.items() if name in names}
-        return views | {"fused": self.fuse(projected, present)} if "fused" in names else views
+        """The views `names` from the projected modalities that they are made of.
+
+        A single view of what is absent is the zero vector: no query finds a product by a photo that it lacks.
+        visible: what the fused view may see of what is present; everything when not given.
+        """
+        views = {
+            name: torch.where(present[:, MODALITIES.index(name), None], part.pooled, 0)
+            for name, part in projected.items()
+            if name in names
+        }
+        seen = present if visible is None else visible
+        return views | {"fused": self.fuse(projected, seen)} if "fused" in names else views

@@ -27,8 +27,8 @@ GROUPS = {
 BATCH = 16
 
 
-def three_stages(first: int = 3, second: int = 5) -> dict[str, Stage]:
-    """Ends after `first` and `second` steps: mid-epoch, as an epoch of BATCH has 2 to 3 steps."""
+def three_stages(first: int = 2, second: int = 5) -> dict[str, Stage]:
+    """Ends after `first` and `second` steps: mid-epoch, as an epoch has 3 steps of BATCH."""
     return {
         "adapt": Stage(Until(steps=first), LossWeights(text_image=0.5, query_text=1.0, query_image=1.0)),
         "align": Stage(Until(steps=second), LossWeights(query_text=1.0, query_image=1.0), dict(ENCODERS_FROZEN)),

@@ -70,6 +70,8 @@ class ScratchTextEncoder(TextEncoder):
             raise RuntimeError("ScratchTextEncoder has no tokenizer yet: call fit(texts) or load a checkpoint")
         rows = self.tokenizer.encode_batch(texts)
         ids = torch.tensor([row.ids for row in rows]).to(self.network.embedding.weight.device)
+        if not self.training:  # the length of its neighbours would move a text's low bits, and outputs are kept
+            ids = nn.functional.pad(ids, (0, self.max_tokens - ids.shape[1]))
         mask = ids != 0
         tokens = self.network(ids, mask)
         weights = mask / mask.sum(1, keepdim=True)

@@ -41,7 +41,6 @@ def test_kept_outputs_equal_fresh_ones_and_nothing_is_encoded_twice(keep_tokens)
         assert not got.mask[:, length:].any()
     assert sorted(set(encoder.calls)) == [1, 3, 4, 8, 29, 100_000]
     assert len(encoder.calls) == 6 + 1  # id 1 stood twice in the first batch, before anything was kept
-    assert memo.hits == 2 + 3
 
 
 def test_changed_weights_are_noticed():

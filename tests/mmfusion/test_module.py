@@ -10,6 +10,7 @@ from lightning import Callback
 from mmfusion.loggers import AppendingCSVLogger
 from mmfusion.losses import InfoNCE
 from mmfusion.module import Losses
+from mmfusion.optim import rate_at
 from mmfusion.stages import Group, LossWeights, Stage, Until
 from tests.ddp import run_ranks
 from tests.small_run import GROUPS, small_data, small_module, small_shards, small_trainer, three_stages
@@ -100,7 +101,7 @@ def test_frozen_encoders_run_once_per_product_and_the_test_reuses_them(shards, t
     trainer = small_trainer(tmp_path, seen, steps=40, limit_val_batches=1.0)
     trainer.fit(module, small_data(shards))
     photos_once = 64 + 2 + 2  # the whole corpus by the end of validation, and two rows of each frozen stage's probe
-    assert seen.rows["align", "image"] + seen.rows["fuse", "image"] <= photos_once
+    assert seen.rows["align", "image"] + seen.rows.get(("fuse", "image"), 0) <= photos_once
     assert seen.rows["adapt", "image"] > 16
     before = dict(seen.rows)
     trainer.test(module, small_data(shards), verbose=False)
@@ -142,11 +143,21 @@ def test_torch_compile_gives_the_same_losses(shards, tmp_path):
 
 def test_what_a_run_logs(shards, tmp_path):
     logger = AppendingCSVLogger(tmp_path, name="exp", version="1")
-    trainer = small_trainer(tmp_path, logger=logger, log_every_n_steps=1, limit_val_batches=1.0)
-    trainer.fit(small_module(), small_data(shards))
+    trainer = small_trainer(tmp_path, logger=logger, log_every_n_steps=4, limit_val_batches=1.0)
+    module = small_module()
+    trainer.fit(module, small_data(shards))
     with (tmp_path / "exp/1/metrics.csv").open() as file:
-        columns = set(csv.DictReader(file).fieldnames or [])
-    wanted = {f"train/{term}" for term in ("query_product", "query_text", "query_image", "text_image")}
+        rows = list(csv.DictReader(file))
+    columns = set(rows[0])
+    steps = [row for row in rows if row["train/loss"]]
+    assert [int(row["step"]) for row in steps] == [3, 7]
+    for row in steps:
+        for group in GROUPS:
+            true = rate_at(int(row["step"]), group, module.groups, module.stages, module.stage_plan)
+            assert float(row[f"lr/{group}"]) == pytest.approx(true, rel=1e-4), (row["step"], group)
+    assert [float(row["stage"]) for row in steps] == [1, 2]
+    assert [bool(row["train/query_product"]) for row in steps] == [False, True]
+    wanted = {f"train/{term}" for term in ("query_product", "query_text", "query_image")}
     wanted |= {f"lr/{group}" for group in ("text_encoder", "image_encoder", "projection", "fusion", "scale")}
     wanted |= {"stage", "train/loss", "train/scale/query_text", "gates/expert_0/mean", "val/primary"}
     wanted |= {
@@ -154,7 +165,17 @@ def test_what_a_run_logs(shards, tmp_path):
         for view in ("text", "image", "fused")
         for name in ("ndcg@10", "recall@100", "mrr")
     }
-    assert wanted - {"lr/scale"} <= columns, wanted - columns
+    assert wanted <= columns
+
+
+def test_a_single_view_of_what_is_absent_is_zero_whatever_fills_the_gap(module, batch):
+    views = module.product(batch.product)
+    gap = ~batch.product.present[:, 1]
+    assert gap.any()
+    assert not views["image"][gap].any()
+    batch.product.photo[gap] = 77
+    again = module.product(batch.product)
+    assert all(torch.equal(views[name], again[name]) for name in views)
 
 
 def test_a_label_that_the_shards_lack_is_named(shards, tmp_path):
