@@ -15,6 +15,7 @@ from mmfusion.checkpoints import BestCheckpoint, LastCheckpoint
 from mmfusion.cli import main
 from mmfusion.encoders.checkpoint import packaged_folder
 from mmfusion.run import with_merged_rates
+from tests.mmfusion.encoders.test_dual import make_clip
 from tests.small_run import small_shards
 
 ROOT = Path(__file__).parents[2]
@@ -167,6 +168,18 @@ def test_minilm_and_its_zero_shot_row(mmfusion, shards):
     judgments = opened.judgments("test")
     gain = {(q, p): g for q, p, g in zip(judgments.query, judgments.product, judgments.gain["relevance"], strict=True)}
     assert top[0] == pytest.approx(sum(gain.get((q, p), 0.0) for q, p in zip(ids, found, strict=True)) / len(ids))
+
+
+def test_dual_trains_both_towers_of_one_checkpoint_from_its_zero_shot_row(mmfusion, shards, tmp_path):
+    checkpoint = make_clip(tmp_path / "clip")
+    code, _, errors = mmfusion(
+        "train", "--exp", "fusion_gated", "--encoders", "dual", "--data", str(shards), "--data.workers=0", *SMALL,
+        f"--model.text.checkpoint={checkpoint}", f"--model.image.checkpoint={checkpoint}", "--model.dim=24",
+    )  # fmt: skip
+    assert code == 0, errors
+    results = json.loads((only_run("fusion_gated") / "results.json").read_text())
+    views = ["text", "image", "fused"]
+    assert list(results["test"]) == [*(f"zero_shot_{view}" for view in views), *views]
 
 
 def test_dual_without_a_hub_is_one_line(mmfusion, shards):

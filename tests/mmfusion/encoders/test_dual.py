@@ -37,9 +37,13 @@ DRAW = torch.arange(3)
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_clip(tmp_path_factory.mktemp("clip"))
+
+
+def make_clip(folder: Path) -> Path:
+    """A CLIP checkpoint whose shared space has 24 dimensions and whose photos are 32 pixels wide and high."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-    folder = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)
     CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=24)).save_pretrained(folder)
     marks = ["<|startoftext|>", "<|endoftext|>"]
