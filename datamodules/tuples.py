@@ -199,11 +199,6 @@ class TupleDataModule(LightningDataModule):
         return self.shards.index.product_id.tolist()
 
     @property
-    def inputs(self) -> str:
-        """What encoders see of the data: the manifest, and how its products are shown."""
-        return f"{self.manifest_hash} {self.look}"
-
-    @property
     def gains(self) -> dict[str, Any]:
         """Per label column: what its labels are worth (None: numbers, their own gains), and the least positive gain."""
         return {name: asdict(label) for name, label in self.shards.manifest.labels.items()}

@@ -119,7 +119,6 @@ class RetrievalData(Protocol):
     test_loaders: list[str]
     val_corpus: str  # "all", or "judged+N": a sample that metrics must name
     gains: dict[str, Any]  # per label column, what its labels are worth and from where on they are relevant
-    inputs: str  # identifies what encoders see of the data: the manifest and how products are shown
 
     def texts(self) -> Iterator[str]:
         """Product texts of trainable products and train queries: what a tokenizer from scratch is trained on."""

@@ -1,23 +1,30 @@
-"""Outputs of frozen encoders, kept for the run: each product and query is encoded once, not once an epoch."""
+"""Outputs of frozen encoders, kept for the run: each text and photo is encoded once, not once an epoch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from mmfusion.batch import ProductBatch, QueryBatch
-from mmfusion.encoders import Encoded
+from mmfusion.encoders import Encoded, ImageEncoder, TextEncoder
+from mmfusion.encoders.augment import splitmix64
 from mmfusion.ranks import checksum
-from mmfusion.towers import MODALITIES, ProductTower, QueryTower, View
+from mmfusion.towers import ProductTower, QueryTower, View
+
+Key = str | int
+ROWS = 64  # rows that an encoder is given at a time, so that what it gives does not depend on the batch around
 
 
 class FeatureMemo:
-    """Encoder outputs by dense id, in memory, on the encoder's device.
+    """Encoder outputs by what was encoded (a text, the hash of a photo), in memory, on the encoder's device.
 
-    Used only while the encoder is frozen and in eval mode, where its output depends on the input alone; forgotten when
-    its weights change. Rows beyond `limit_gib` are computed each time.
+    Used only in eval mode and without gradient, where an output depends on weights and input alone; `sync` forgets
+    everything when the weights change. What is equal is encoded once: products with one title have one vector, bit for
+    bit, and their ties are broken by id, not by the rounding of the batches that they happened to be in. What does not
+    fit under `limit_gib` is computed each time.
 
     Args:
         keep_tokens: keep the tokens too (for heads that attend); without them the token axis is 0 long
@@ -30,87 +37,95 @@ class FeatureMemo:
         self.clear()
 
     def clear(self) -> None:
-        self.slot = torch.empty(0, dtype=torch.int64)
-        self.count = 0
+        self.slot: dict[Key, int] = {}
         self.kept: Encoded | None = None
         self.weights: Tensor | None = None
 
     def sync(self, encoder: nn.Module) -> None:
-        """Forgets everything unless the encoder's weights and buffers are, bit for bit, those that were used."""
+        """Forgets everything unless the encoder's weights and buffers are those that were used."""
         now = checksum([*encoder.parameters(), *encoder.buffers()])
         if self.weights is None or not torch.equal(now, self.weights.to(now.device)):
             self.clear()
             self.weights = now
 
-    def __call__(
-        self, encoder: nn.Module, ids: Int[Tensor, "product"], encode: Callable[[list[int]], Encoded]
-    ) -> Encoded:
-        """The outputs for `ids`; `encode` computes those of the given rows of the batch that are not kept yet."""
-        if encoder.training or any(p.requires_grad for p in encoder.parameters()):
-            return encode(list(range(len(ids))))
-        cpu_ids = ids.cpu()
-        self._reserve(int(cpu_ids.max()) + 1)
-        missing = (self.slot[cpu_ids] < 0).nonzero().flatten()
-        if len(missing):
+    def __call__(self, encoder: nn.Module, keys: Sequence[Key], encode: Callable[[list[int]], Encoded]) -> Encoded:
+        """The outputs for `keys`; `encode` computes those of the given rows of the batch that are not kept yet."""
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters())
+        if encoder.training or trains:
+            return encode(list(range(len(keys))))
+        first: dict[Key, int] = {}
+        for row, key in enumerate(keys):
+            if key not in self.slot:
+                first.setdefault(key, row)
+        if first:
             with torch.no_grad():
-                fresh = self._shorten(encode(missing.tolist()))
-            if not self._keep(cpu_ids[missing], fresh):
-                return self._joined(cpu_ids, missing, fresh)
-        return self._of(self.slot[cpu_ids])
-
-    def _of(self, slots: Int[Tensor, "product"]) -> Encoded:
+                fresh = self._encoded(list(first.values()), encode)
+            if not self._keep(list(first), fresh):
+                return self._joined(keys, list(first), fresh)
         assert self.kept is not None
-        rows = slots.to(self.kept.pooled.device)
-        return Encoded(self.kept.pooled[rows], self.kept.tokens[rows], self.kept.mask[rows])
+        return _pick(self.kept, [self.slot[key] for key in keys])
 
-    def _joined(self, ids: Int[Tensor, "product"], missing: Int[Tensor, "missing"], fresh: Encoded) -> Encoded:
+    def _encoded(self, rows: list[int], encode: Callable[[list[int]], Encoded]) -> Encoded:
+        """In batches of ROWS, the last one filled up: matrix products of other shapes round otherwise."""
+        parts = []
+        for start in range(0, len(rows), ROWS):
+            some = rows[start : start + ROWS]
+            parts.append(_rows(self._shorten(encode(some + some[:1] * (ROWS - len(some)))), len(some)))
+        length = max(part.mask.shape[1] for part in parts)
+        longest = [_lengthen(part, length) for part in parts]
+        return Encoded(*(torch.cat([getattr(part, f.name) for part in longest]) for f in fields(Encoded)))
+
+    def _joined(self, keys: Sequence[Key], missing: list[Key], fresh: Encoded) -> Encoded:
         """Rows that are kept, and fresh ones that could not be, in the batch's order."""
+        place = {key: row for row, key in enumerate(missing)}
         if self.kept is None:
-            return fresh
+            return _pick(fresh, [place[key] for key in keys])
         length = max(self.kept.mask.shape[1], fresh.mask.shape[1])
-        kept, fresh = _lengthen(self._of(self.slot[ids].clamp(min=0)), length), _lengthen(fresh, length)
-        for part, new in ((kept.pooled, fresh.pooled), (kept.tokens, fresh.tokens), (kept.mask, fresh.mask)):
-            part[missing.to(part.device)] = new
-        return kept
+        kept = _lengthen(_pick(self.kept, [self.slot.get(key, 0) for key in keys]), length)
+        new = _lengthen(_pick(fresh, [place.get(key, 0) for key in keys]), length)
+        is_new = torch.tensor([key in place for key in keys], device=fresh.pooled.device)
+        return Encoded(
+            torch.where(is_new[:, None], new.pooled, kept.pooled),
+            torch.where(is_new[:, None, None], new.tokens, kept.tokens),
+            torch.where(is_new[:, None], new.mask, kept.mask),
+        )
 
     def _shorten(self, encoded: Encoded) -> Encoded:
         if self.keep_tokens:
             return encoded
         return Encoded(encoded.pooled, encoded.tokens[:, :0], encoded.mask[:, :0])
 
-    def _reserve(self, size: int) -> None:
-        if size > len(self.slot):
-            grown = torch.full((max(size, 2 * len(self.slot)),), -1, dtype=torch.int64)
-            grown[: len(self.slot)] = self.slot
-            self.slot = grown
-
-    def _keep(self, ids: Int[Tensor, "missing"], fresh: Encoded) -> bool:
+    def _keep(self, keys: list[Key], fresh: Encoded) -> bool:
         """Stores the rows, first come first kept; False when they would not fit under the limit."""
-        ids, first = _first_of_each(ids)
-        fresh = Encoded(fresh.pooled[first], fresh.tokens[first], fresh.mask[first])
         kept = self.kept if self.kept is not None else _rows(fresh, 0)
         kept = _lengthen(kept, max(kept.mask.shape[1], fresh.mask.shape[1]))
         fresh = _lengthen(fresh, kept.mask.shape[1])
-        needed = self.count + len(ids)
+        count = len(self.slot)
+        needed = count + len(keys)
         if needed > len(kept.pooled):
             capacity = max(needed, len(kept.pooled) * 3 // 2)
             if capacity * _bytes_per_row(fresh) > self.limit_bytes:
                 capacity = needed
             if capacity * _bytes_per_row(fresh) > self.limit_bytes:
                 return False
-            kept = _concatenate(_rows(kept, self.count), _rows(fresh, 0), capacity)
-        kept.pooled[self.count : needed] = fresh.pooled
-        kept.tokens[self.count : needed] = fresh.tokens
-        kept.mask[self.count : needed] = fresh.mask
-        self.slot[ids] = torch.arange(self.count, needed)
-        self.kept, self.count = kept, needed
+            kept = _concatenate(_rows(kept, count), _rows(fresh, 0), capacity)
+        kept.pooled[count:needed] = fresh.pooled
+        kept.tokens[count:needed] = fresh.tokens
+        kept.mask[count:needed] = fresh.mask
+        self.slot.update(zip(keys, range(count, needed), strict=True))
+        self.kept = kept
         return True
 
 
-def _first_of_each(ids: Int[Tensor, "missing"]) -> tuple[Int[Tensor, "unique"], Int[Tensor, "unique"]]:
-    unique, inverse = ids.unique(return_inverse=True)
-    first = torch.full((len(unique),), len(ids)).scatter_reduce(0, inverse, torch.arange(len(ids)), "amin")
-    return unique, first
+def photo_keys(photo: UInt8[Tensor, "product 3 height width"]) -> list[Key]:
+    """A 64-bit hash of each photo's pixels: sums with fixed random odd weights, modulo 2^64."""
+    places = torch.arange(1, photo[0].numel() + 1, device=photo.device)
+    return (photo.flatten(1).long() @ (splitmix64(places) | 1)).tolist() if photo.numel() else [0] * len(photo)
+
+
+def _pick(encoded: Encoded, rows: list[int]) -> Encoded:
+    index = torch.tensor(rows, device=encoded.pooled.device)
+    return Encoded(encoded.pooled[index], encoded.tokens[index], encoded.mask[index])
 
 
 def _rows(encoded: Encoded, count: int) -> Encoded:
@@ -139,7 +154,7 @@ def _concatenate(head: Encoded, like: Encoded, capacity: int) -> Encoded:
 
 
 class Features:
-    """The towers with their memos: vectors of queries and products, frozen encoders run once per product and run.
+    """The towers with their memos: vectors of queries and products, frozen encoders run once per text or photo and run.
 
     Args:
         query, product: the towers
@@ -149,40 +164,36 @@ class Features:
     def __init__(self, query: QueryTower, product: ProductTower, limit_gib: float) -> None:
         self.query, self.product = query, product
         keep_tokens = product.fusion is not None and product.fusion.needs_tokens
-        self.memos = {"query": FeatureMemo(False, limit_gib)}
-        self.memos |= {name: FeatureMemo(keep_tokens, limit_gib) for name in MODALITIES}
-        self.inputs = ""
+        views = [view for view in (query, product.text, product.image) if view is not None]
+        self.memos = {view.encoder: FeatureMemo(keep_tokens, limit_gib) for view in views}
 
     def queries(self, batch: QueryBatch) -> Float[Tensor, "query dim"]:
         """Unit vectors of queries."""
-        encoder = self.query.encoder
-        encoded = self.memos["query"](encoder, batch.id, lambda rows: encoder([batch.text[i] for i in rows]))
-        return self.query.project(encoded).pooled
+        return self.query.project(self._texts(self.query.encoder, batch.text)).pooled
 
     def products(self, batch: ProductBatch, names: set[str]) -> dict[str, Encoded]:
         """The modalities `names` in the shared space."""
         encoded = {}
         if "text" in names:
-            text = cast(View, self.product.text).encoder
-            encoded["text"] = self.memos["text"](text, batch.id, lambda rows: text([batch.text[i] for i in rows]))
+            encoded["text"] = self._texts(cast(View, self.product.text).encoder, batch.text)
         if "image" in names:
             image = cast(View, self.product.image).encoder
-            encoded["image"] = self.memos["image"](
-                image, batch.id, lambda rows: image(batch.photo[rows], batch.draw[rows])
+            keys = [] if image.training else photo_keys(batch.photo)
+            encoded["image"] = self.memos[image](
+                image, keys or range(len(batch.photo)), lambda rows: image(batch.photo[rows], batch.draw[rows])
             )
         return self.product.project(encoded)
 
-    def sync(self, inputs: str) -> None:
-        """Forgets what other weights, or other data, have made. Called where they may have changed: stages, loading.
+    def _texts(self, encoder: TextEncoder | ImageEncoder, texts: list[str]) -> Encoded:
+        return self.memos[encoder](encoder, texts, lambda rows: encoder([texts[i] for i in rows]))
 
-        inputs: identifies what encoders see of the data (RetrievalData.inputs).
-        """
-        if inputs != self.inputs:
-            for memo in self.memos.values():
+    def sync(self) -> None:
+        """Forgets what other weights have made. Called wherever weights may have changed: stages, evaluations."""
+        for encoder, memo in self.memos.items():
+            memo.sync(encoder)
+
+    def release(self) -> None:
+        """Forgets, after an evaluation, what encoders gave that will be trained on."""
+        for encoder, memo in self.memos.items():
+            if any(p.requires_grad for p in encoder.parameters()):
                 memo.clear()
-            self.inputs = inputs
-        self.memos["query"].sync(self.query.encoder)
-        for name in MODALITIES:
-            view = getattr(self.product, name)
-            if view is not None:
-                self.memos[name].sync(view.encoder)

@@ -262,7 +262,7 @@ class RetrievalModule(StagedModule):
 
     def on_stage(self, index: int) -> None:
         super().on_stage(index)
-        self.features.sync(self.data.inputs)
+        self.features.sync()
 
     # ---- resuming ----------------------------------------------------------------------------------------------------
 
@@ -289,11 +289,11 @@ class RetrievalModule(StagedModule):
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self.features.sync(self.data.inputs)
+        self.features.sync()
         self.collected = {name: {} for name in self.data.val_loaders}
 
     def on_test_epoch_start(self) -> None:
-        self.features.sync(self.data.inputs)
+        self.features.sync()
         self.collected = {name: {} for name in self.data.test_loaders}
 
     def validation_step(self, batch: QueryBatch | ProductBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -337,6 +337,7 @@ class RetrievalModule(StagedModule):
             for split, rows in queries.items()
         }
         self.collected = {}
+        self.features.release()
 
     # ---- logging -----------------------------------------------------------------------------------------------------
 
