@@ -29,6 +29,7 @@ from mmfusion.examples import ExampleTable
 from mmfusion.loggers import Wandb, make_loggers
 from mmfusion.module import RetrievalModule
 from mmfusion.progress import RunProgress
+from mmfusion.retrieval.compare import flattened
 from mmfusion.retrieval.report import print_table, read_results, write_results
 from mmfusion.stages import Group, LossWeights, Stage, StageSwitch, Until
 
@@ -172,21 +173,11 @@ def _nearest(unknown: str, known: list[str]) -> str:
     return f"\n{unknown}: the nearest names are {', '.join(near)}" if near else ""
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
-    if isinstance(value, dict) and value:
-        flat: dict[str, Any] = {}
-        for key, item in value.items():
-            flat |= flatten(item, f"{prefix}.{key}" if prefix else str(key))
-        return flat
-    return {prefix: value}
-
-
 def contract(config: dict[str, Any]) -> dict[str, Any]:
     """What a resumed run must share with the run it goes on from, as dotted keys."""
     bound = {key: config[key] for key in ("seed_everything", "model", "data")}
     bound["trainer"] = {key: config["trainer"].get(key) for key in RESUME_KEEPS_OF_TRAINER}
-    flat = {key.replace(".init_args.", "."): value for key, value in flatten(bound).items()}
+    flat = {key.replace(".init_args.", "."): value for key, value in flattened(bound).items()}
     return {key: value for key, value in flat.items() if not key.startswith(RESUME_MAY_CHANGE)}
 
 

@@ -54,7 +54,7 @@ class View(nn.Module):
         """Unit-norm pooled vectors (product, dim), in fp32 under autocast too; tokens (product, token, dim)."""
         pooled = normalize(widened(self.projection(encoded.pooled)), dim=-1)
         if self.token_projection is None:
-            return Encoded(pooled, pooled.new_zeros(len(pooled), 0, pooled.shape[1]), encoded.mask[:, :0])
+            return Encoded.pooled_only(pooled)
         return Encoded(pooled, self.token_projection(encoded.tokens), encoded.mask)
 
 

@@ -110,15 +110,15 @@ def _made(run: Path, result: Mapping[str, Any]) -> dict[str, Any]:
     config = _home(run) / "config.yaml"
     settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
     facts = {key: value for key, value in result.get("run", {}).items() if key != "checkpoint"}
-    return {**_flat(settings), **_flat({"run": facts})}
+    return {**flattened(settings), **flattened({"run": facts})}
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} as {"a.b": 1}; lists count as values."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         dotted = f"{prefix}{key}"
-        flat |= _flat(value, f"{dotted}.") if isinstance(value, Mapping) else {dotted: value}
+        flat |= flattened(value, f"{dotted}.") if isinstance(value, Mapping) else {dotted: value}
     return flat
 
 
