@@ -72,7 +72,7 @@ class RetrievalModule(StagedModule):
         optim: AdamW's options
         memo_gib: GiB that the kept outputs of each frozen encoder may take
         depth: ranks that are retrieved per query; MRR counts what lies deeper as not found
-        compile: compile the encoders' networks and the fusion head with torch.compile
+        compile: backend of torch.compile for the encoders' networks and the fusion head, such as inductor; none without
         zero_shot: evaluate before training too; needs linear projections between equal sizes
         seed: seed of dropout; the command line sets it to seed_everything
     """
@@ -93,7 +93,7 @@ class RetrievalModule(StagedModule):
         optim: Optim = Optim(),  # noqa: B008
         memo_gib: float = 4.0,
         depth: int = 1000,
-        compile: bool = False,
+        compile: str | None = None,
         zero_shot: bool = False,
         seed: int = 0,
     ) -> None:
@@ -159,12 +159,12 @@ class RetrievalModule(StagedModule):
         for encoder in encoders:
             if stage == "fit" and isinstance(encoder, TextEncoder):
                 encoder.fit(self.data.texts())
-        if self.compile_parts:
-            self.compile_parts = False  # once: fit and test both set up
+        if self.compile_parts is not None:
+            backend, self.compile_parts = self.compile_parts, None  # once: fit and test both set up
             for encoder in encoders:
-                encoder.compile_network()
+                encoder.compile_network(backend=backend)
             if self.product.fusion is not None:
-                self.product.fusion.compile()
+                self.product.fusion.compile(backend=backend)
 
     @property
     def data(self) -> RetrievalData:
