@@ -329,13 +329,12 @@ class RetrievalModule(StagedModule):
         corpus = {view: collector.rows() for view, collector in self.collected.pop("corpus").items()}
         queries = {name.removeprefix("queries/"): c["query"].rows() for name, c in self.collected.items()}
         tie = tie_ranks(self.data.product_ids())
-        self.results = {
-            split: {
-                view: evaluate_view(rows, corpus[view], self.data.judgments(split), tie, depth=self.depth)
-                for view in self.product.views
+        self.results = {}
+        for split, rows in queries.items():
+            judgments = self.data.judgments(split)
+            self.results[split] = {
+                view: evaluate_view(rows, corpus[view], judgments, tie, depth=self.depth) for view in self.product.views
             }
-            for split, rows in queries.items()
-        }
         self.collected = {}
         self.features.release()
 

@@ -188,18 +188,17 @@ def fit_and_evaluate(cli: FusionCLI) -> None:
     """
     run, model = cli.run_folder, cli.model
     resume = cli.config.resume
-    if resume is not None and not Path(resume).is_file():
-        raise FileNotFoundError(f"--resume={resume}: there is no such checkpoint")
     model.contract = contract(yaml.safe_load(cli.resolved()))
     made_by = commit()  # the code that trains, not what the checkout holds hours later
     with _nothing_half_written(run, cli.trainer):
         if model.zero_shot and resume is None:
             _zero_shot(cli)
         cli.trainer.fit(model, cli.datamodule, ckpt_path=resume, weights_only=True)
-    cli.trainer.test(model, cli.datamodule, ckpt_path=str(best_of(run)), weights_only=True, verbose=False)
+    checkpoint = best_of(run)
+    cli.trainer.test(model, cli.datamodule, ckpt_path=str(checkpoint), weights_only=True, verbose=False)
     before = read_results(run / ZERO_SHOT) if model.zero_shot and (run / ZERO_SHOT).is_file() else {}
     results = {split: before.get(split, {}) | views for split, views in _metrics(model).items()}
-    _finish(run, cli, results | {"run": _about(cli, best_of(run), made_by)})
+    _finish(run, cli, results | {"run": _about(cli, checkpoint, made_by)})
 
 
 @rank_zero_only
