@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, UInt8
@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from mmfusion.batch import ProductBatch, QueryBatch
 from mmfusion.encoders import Encoded, ImageEncoder, TextEncoder
 from mmfusion.encoders.augment import splitmix64
+from mmfusion.encoders.text import TokenIds, steps
 from mmfusion.ranks import checksum
 from mmfusion.towers import ProductTower, QueryTower, View
 
-Key = str | int
+Key = str | int | TokenIds
 ROWS = 64  # rows that an encoder is given at a time, so that what it gives does not depend on the batch around
 
 
 class FeatureMemo:
-    """Encoder outputs by what was encoded (a text, the hash of a photo), in memory, on the encoder's device.
+    """Encoder outputs by what was encoded (a text's tokens, the hash of a photo), in memory, on the encoder's device.
 
     Used only in eval mode and without gradient, where an output depends on weights and input alone; `sync` forgets
     everything when the weights change. What is equal is encoded once: products with one title have one vector, bit for
@@ -37,6 +38,7 @@ class FeatureMemo:
         self.clear()
 
     def clear(self) -> None:
+        self.count = 0
         self.slot: dict[Key, int] = {}
         self.kept: Encoded | None = None
         self.weights: Tensor | None = None
@@ -48,32 +50,51 @@ class FeatureMemo:
             self.clear()
             self.weights = now
 
-    def __call__(self, encoder: nn.Module, keys: Sequence[Key], encode: Callable[[list[int]], Encoded]) -> Encoded:
-        """The outputs for `keys`; `encode` computes those of the given rows of the batch that are not kept yet."""
+    def __call__(
+        self,
+        encoder: nn.Module,
+        keys: Sequence[Key],
+        encode: Callable[[list[int]], Encoded],
+        contents: Callable[[list[Any]], Sequence[Key]] = list,
+    ) -> Encoded:
+        """The outputs for `keys`; `encode` computes those of the given rows of the batch that are not kept yet.
+
+        contents: what the encoder is given for keys that are new, such as texts' tokens: other texts, the same tokens.
+        """
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters())
         if encoder.training or trains:
             return encode(list(range(len(keys))))
+        new = list(dict.fromkeys(key for key in keys if key not in self.slot))
+        content = dict(zip(new, contents(new), strict=True)) if new else {}
         first: dict[Key, int] = {}
         for row, key in enumerate(keys):
-            if key not in self.slot:
-                first.setdefault(key, row)
+            if content.get(key, key) not in self.slot:
+                first.setdefault(content[key], row)
         if first:
             with torch.no_grad():
-                fresh = self._encoded(list(first.values()), encode)
+                fresh = self._encoded(first, encode)
             if not self._keep(list(first), fresh):
-                return self._joined(keys, list(first), fresh)
+                return self._joined([content.get(key, key) for key in keys], list(first), fresh)
+        self.slot.update((key, self.slot[same]) for key, same in content.items())
         assert self.kept is not None
         return _pick(self.kept, [self.slot[key] for key in keys])
 
-    def _encoded(self, rows: list[int], encode: Callable[[list[int]], Encoded]) -> Encoded:
-        """In batches of ROWS, the last one filled up: matrix products of other shapes round otherwise."""
+    def _encoded(self, first: dict[Key, int], encode: Callable[[list[int]], Encoded]) -> Encoded:
+        """In batches of ROWS of one padded length, the last one filled up: products of other shapes round otherwise."""
+        rows = list(first.values())
+        places: dict[int, list[int]] = {}
+        for place, content in enumerate(first):
+            places.setdefault(steps(len(content)) if isinstance(content, tuple) else 0, []).append(place)
+        groups = [group[i : i + ROWS] for group in places.values() for i in range(0, len(group), ROWS)]
         parts = []
-        for start in range(0, len(rows), ROWS):
-            some = rows[start : start + ROWS]
+        for group in groups:
+            some = [rows[place] for place in group]
             parts.append(_rows(self._shorten(encode(some + some[:1] * (ROWS - len(some)))), len(some)))
         length = max(part.mask.shape[1] for part in parts)
         longest = [_lengthen(part, length) for part in parts]
-        return Encoded(*(torch.cat([getattr(part, f.name) for part in longest]) for f in fields(Encoded)))
+        joined = Encoded(*(torch.cat([getattr(part, f.name) for part in longest]) for f in fields(Encoded)))
+        order = torch.tensor([place for group in groups for place in group])
+        return _pick(joined, order.argsort().tolist())
 
     def _joined(self, keys: Sequence[Key], missing: list[Key], fresh: Encoded) -> Encoded:
         """Rows that are kept, and fresh ones that could not be, in the batch's order."""
@@ -100,8 +121,7 @@ class FeatureMemo:
         kept = self.kept if self.kept is not None else _rows(fresh, 0)
         kept = _lengthen(kept, max(kept.mask.shape[1], fresh.mask.shape[1]))
         fresh = _lengthen(fresh, kept.mask.shape[1])
-        count = len(self.slot)
-        needed = count + len(keys)
+        count, needed = self.count, self.count + len(keys)
         if needed > len(kept.pooled):
             capacity = max(needed, len(kept.pooled) * 3 // 2)
             if capacity * _bytes_per_row(fresh) > self.limit_bytes:
@@ -113,7 +133,7 @@ class FeatureMemo:
         kept.tokens[count:needed] = fresh.tokens
         kept.mask[count:needed] = fresh.mask
         self.slot.update(zip(keys, range(count, needed), strict=True))
-        self.kept = kept
+        self.kept, self.count = kept, needed
         return True
 
 
@@ -185,7 +205,8 @@ class Features:
         return self.product.project(encoded)
 
     def _texts(self, encoder: TextEncoder | ImageEncoder, texts: list[str]) -> Encoded:
-        return self.memos[encoder](encoder, texts, lambda rows: encoder([texts[i] for i in rows]))
+        contents = cast(TextEncoder, encoder).token_ids
+        return self.memos[encoder](encoder, texts, lambda rows: encoder([texts[i] for i in rows]), contents)
 
     def sync(self) -> None:
         """Forgets what other weights have made. Called wherever weights may have changed: stages, evaluations."""

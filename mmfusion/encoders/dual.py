@@ -14,7 +14,7 @@ from mmfusion.encoders.augment import Augment, AugmentName
 from mmfusion.encoders.checkpoint import load_checkpoint
 from mmfusion.encoders.encoded import Encoded
 from mmfusion.encoders.image import ImageEncoder
-from mmfusion.encoders.text import TextEncoder
+from mmfusion.encoders.text import TextEncoder, TokenIds
 
 CLIP = "openai/clip-vit-base-patch32"
 
@@ -38,13 +38,24 @@ class DualTextEncoder(TextEncoder):
         self.train()
 
     def forward(self, texts: list[str]) -> Encoded:
-        padding = "max_length" if self.siglip else "longest"
-        inputs = self.tokenizer(
-            texts, padding=padding, truncation=True, max_length=self.max_tokens, return_tensors="pt"
-        ).to(next(self.network.parameters()).device)
+        inputs = self._tokenised(texts, return_tensors="pt", **self._padding(texts))
+        inputs = inputs.to(next(self.network.parameters()).device)
         attended = {} if self.siglip else {"attention_mask": inputs["attention_mask"]}
         pooled, tokens = self.network(input_ids=inputs["input_ids"], **attended)
         return Encoded(pooled, tokens, inputs["attention_mask"].bool())
+
+    def _padding(self, texts: list[str]) -> dict[str, Any]:
+        if self.siglip:
+            return {"padding": "max_length", "max_length": self.max_tokens}
+        if self.training:
+            return {"padding": "longest"}
+        return {"padding": "max_length", "max_length": self.padded_length(max(map(len, self.token_ids(texts))))}
+
+    def _tokenised(self, texts: list[str], **options: Any) -> Any:
+        return self.tokenizer(texts, **{"truncation": True, "max_length": self.max_tokens, **options})
+
+    def token_ids(self, texts: list[str]) -> list[TokenIds]:
+        return [tuple(row) for row in self._tokenised(texts)["input_ids"]]
 
     def compile_network(self, **options: Any) -> None:
         self.network.compile(**{"dynamic": True, **options})

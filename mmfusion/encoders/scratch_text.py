@@ -1,15 +1,16 @@
 """A small text encoder from scratch, whose tokenizer is trained on the catalogue and travels in the checkpoint."""
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Encoding, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
 from mmfusion.encoders.encoded import Encoded
-from mmfusion.encoders.text import TextEncoder
+from mmfusion.encoders.text import TextEncoder, TokenIds
 
 PAD, START = "[PAD]", "[START]"  # ids 0 and 1; START makes an empty text one token long
 SMALLEST = 258  # vocabulary: each byte and the two marks
@@ -66,16 +67,21 @@ class ScratchTextEncoder(TextEncoder):
         self.tokenizer = tokenizer
 
     def forward(self, texts: list[str]) -> Encoded:
-        if self.tokenizer is None:
-            raise RuntimeError("ScratchTextEncoder has no tokenizer yet: call fit(texts) or load a checkpoint")
-        rows = self.tokenizer.encode_batch(texts)
-        ids = torch.tensor([row.ids for row in rows]).to(self.network.embedding.weight.device)
-        if not self.training:  # the length of its neighbours would move a text's low bits, and outputs are kept
-            ids = nn.functional.pad(ids, (0, self.max_tokens - ids.shape[1]))
+        ids = torch.tensor([row.ids for row in self._encodings(texts)]).to(self.network.embedding.weight.device)
+        if not self.training:
+            ids = nn.functional.pad(ids, (0, self.padded_length(ids.shape[1]) - ids.shape[1]))
         mask = ids != 0
         tokens = self.network(ids, mask)
         weights = mask / mask.sum(1, keepdim=True)
         return Encoded((weights[:, None].to(tokens.dtype) @ tokens)[:, 0], tokens, mask)
+
+    def token_ids(self, texts: list[str]) -> list[TokenIds]:
+        return [tuple(itertools.takewhile(bool, row.ids)) for row in self._encodings(texts)]  # 0 pads
+
+    def _encodings(self, texts: list[str]) -> list[Encoding]:
+        if self.tokenizer is None:
+            raise RuntimeError("ScratchTextEncoder has no tokenizer yet: call fit(texts) or load a checkpoint")
+        return self.tokenizer.encode_batch(texts)
 
     def compile_network(self, **options: Any) -> None:
         self.network.compile(**{"dynamic": True, **options})

