@@ -15,7 +15,7 @@ BIN       := .venv/bin
 MMFUSION  := $(BIN)/mmfusion
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train data eval compare test test-all lint format clean
+.PHONY: help setup train data eval compare bench bench-eval test test-all lint format clean
 
 help:            ## list every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,8 +39,18 @@ data: setup      ## FROM=catalogue SRC=folder OUT=folder [ARGS="--..."]: a catal
 eval: setup      ## RUN=runs/... [DATA=shards] [SPLIT=test] [OUT=folder] [ARGS="--..."]: evaluate a run again
 	@$(MMFUSION) eval --run '$(RUN)' $(if $(DATA_GIVEN),--data '$(DATA)') $(if $(SPLIT),--split '$(SPLIT)') $(if $(OUT),--out '$(OUT)') $(ARGS)
 
-compare: setup   ## RUNS="runs/a runs/b": runs side by side, and what differs in their configurations
-	@$(MMFUSION) compare $(RUNS) $(ARGS)
+compare: setup   ## RUNS="runs/a runs/b [other.run]" [SPLIT=test] [OUT=page.html]: runs side by side, tested in pairs
+	@$(MMFUSION) compare $(RUNS) $(if $(SPLIT),--split '$(SPLIT)') $(if $(OUT),--out '$(OUT)') $(ARGS)
+
+bench: bench-eval  ## every benchmark
+
+bench-eval: .venv/.bench  ## exact search and metrics against their peers (10 minutes)
+	@$(BIN)/python experiments/bench/evaluation.py $(ARGS)
+
+.venv/.bench: .venv/.ready
+	$(BIN)/python -m uv pip install --python $(BIN)/python -c constraints.txt -e '.[bench]' \
+	  || $(BIN)/python -m pip install -c constraints.txt -e '.[bench]'
+	@touch $@
 
 test: setup      ## the tests that CI runs
 	$(BIN)/python -m pytest -n 2 -m 'not slow' $(ARGS)

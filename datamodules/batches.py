@@ -1,7 +1,7 @@
 """Samples of shards -> the batches of mmfusion.batch. Reads what it is asked for; the order is plan.py's."""
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -98,14 +98,14 @@ class Reader:
         products, broken = self._products(request.product, request.draw, samples)
         return TupleBatch(self.queries(query), products, self._judged(samples)), broken
 
-    def text(self, sample: Sample) -> str:
-        """The chosen fields that say something, joined by a space."""
-        return " ".join(sample.texts[name] for name in self.look.text_fields if sample.texts.get(name))
+    def text(self, texts: Mapping[str, str]) -> str:
+        """Of a product's fields the chosen ones that say something, joined by a space."""
+        return " ".join(texts[name] for name in self.look.text_fields if texts.get(name))
 
     def _products(
         self, ids: Int64[np.ndarray, "product"], draw: Int64[np.ndarray, "product"], samples: Sequence[Sample]
     ) -> tuple[ProductBatch, list[Broken]]:
-        texts = [self.text(sample) if self.look.text else "" for sample in samples]
+        texts = [self.text(sample.texts) if self.look.text else "" for sample in samples]
         photo = np.zeros((len(ids), 3, *self.look.image_size), np.uint8)
         present = np.zeros((len(ids), 2), np.bool_)
         present[:, 0] = [text != "" for text in texts]

@@ -1,5 +1,7 @@
-"""Bytes of a photo -> RGB pixels of a fixed size; every way in which a file can fail is a PhotoError."""
+"""Bytes of a photo -> RGB pixels of a fixed size, or a thumbnail; however a file fails, it is a PhotoError."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch import Tensor
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 64_000_000  # of the file as stored, from its header: 64 million pixels are 192 MB decoded
 ORIENTATION = 0x0112
+QUALITY = 80  # of a thumbnail
 UPRIGHT = {
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
@@ -37,6 +40,28 @@ def decode_photo(content: bytes, size: tuple[int, int], product_id: str) -> UInt
 
     Raises PhotoError: empty, not a photo (of FORMATS), too large (over MAX_PIXELS, before decoding) or damaged.
     """
+    with _opened(content, product_id) as photo:
+        pixels = np.array(_fitted(photo, size))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def thumbnail(content: bytes, side: int, product_id: str) -> bytes:
+    """The whole photo as a JPEG, upright, on white, its longer side `side` pixels or, if that is less, its own.
+
+    Raises PhotoError as `decode_photo` does.
+    """
+    with _opened(content, product_id) as photo:
+        height, width = photo.size[::-1] if _orientation(photo) < 5 else photo.size
+        scale = min(1.0, side / max(height, width))
+        small = _fitted(photo, (max(1, round(height * scale)), max(1, round(width * scale))))
+        buffer = BytesIO()
+        small.save(buffer, "JPEG", quality=QUALITY, comment=b"")  # else the comment of the file, of any length, is kept
+    return buffer.getvalue()
+
+
+@contextmanager
+def _opened(content: bytes, product_id: str) -> Iterator[Image.Image]:
+    """The photo, to be decoded within the block; what fails there is a PhotoError as well."""
     if not content:
         raise PhotoError("empty", product_id, "0 bytes")
     try:
@@ -44,7 +69,7 @@ def decode_photo(content: bytes, size: tuple[int, int], product_id: str) -> UInt
             if photo.width * photo.height > MAX_PIXELS:
                 detail = f"{photo.width} x {photo.height} pixels, at most {MAX_PIXELS:,} are decoded"
                 raise PhotoError("too large", product_id, detail)
-            pixels = np.array(_fitted(photo, size))
+            yield photo
     except PhotoError:
         raise
     except UnidentifiedImageError as error:
@@ -53,7 +78,6 @@ def decode_photo(content: bytes, size: tuple[int, int], product_id: str) -> UInt
         raise PhotoError("too large", product_id, str(error)) from error
     except Exception as error:  # Pillow's decoders raise anything from SyntaxError to struct.error on damaged files
         raise PhotoError("damaged", product_id, f"{type(error).__name__}: {error}") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def _fitted(photo: Image.Image, size: tuple[int, int]) -> Image.Image:

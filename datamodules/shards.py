@@ -7,7 +7,7 @@ A folder of WebDataset tars with one sample per product, `index.parquet`, `queri
 import json
 import tarfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,8 @@ from datamodules.writer import write_shards
 from mmfusion.batch import Judgments
 
 BLOCK = tarfile.BLOCKSIZE
+HEAD = 8192  # bytes of a sample that are read at first for its texts: most photos lie behind them
+QUERIES = ("query_id", "id", "query", "split", "positives")  # what queries.parquet always has
 OPEN_FILES = 64  # per process; a catalogue of 10 M products has more shards than a process may open files
 
 
@@ -151,7 +153,31 @@ class Shards:
             gain={label: columns[label][rows] for label in self.manifest.labels},
             positive_from={name: label.positive_from for name, label in self.manifest.labels.items()},
             unlisted=self.manifest.splits[split].unlisted,
+            labels={name: dict(label.gains or {}) for name, label in self.manifest.labels.items()},
         )
+
+    def query_columns(self) -> list[str]:
+        """The columns that the catalogue's queries have besides id, text and split."""
+        return [name for name in pq.read_schema(self.path / "queries.parquet").names if name not in QUERIES]
+
+    def query_column(self, name: str) -> np.ndarray:
+        """One of `query_columns`; StringDType, by dense id."""
+        return _columns(self.path / "queries.parquet", [name])[name]
+
+    def texts(self, fields: Sequence[str]) -> dict[str, np.ndarray]:
+        """Text fields of all products, "" where one has none; StringDType, by dense id. Photos are passed over."""
+        columns: dict[str, np.ndarray] = {name: np.zeros(len(self), np.dtypes.StringDType()) for name in fields}
+        for id in range(len(self)):
+            texts = json.loads(self._record(id))["texts"]
+            for name, column in columns.items():
+                column[id] = texts[name]
+        return columns
+
+    def _record(self, id: int) -> bytes:
+        """The JSON of a sample."""
+        shard, offset, size = int(self.index.shard[id]), int(self.index.offset[id]), int(self.index.size[id])
+        head = next(_members(self.read_bytes(shard, offset, min(size, HEAD))), None)
+        return next(_members(self.read_bytes(shard, offset, size))) if head is None else head
 
     @cached_property
     def _judgments(self) -> dict[str, np.ndarray]:
@@ -179,12 +205,12 @@ def _numpy(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _members(content: bytes) -> Iterator[bytes]:
-    """Bytes of the files of a piece of tar, in order."""
+    """Bytes of the files that a piece of tar holds whole, in order."""
     start = 0
-    while start < len(content):
+    while start + BLOCK <= len(content):
         header = tarfile.TarInfo.frombuf(content[start : start + BLOCK], "utf-8", "strict")
         start += BLOCK
-        if header.type == tarfile.REGTYPE:  # not the extra header of a long name
+        if header.type == tarfile.REGTYPE and start + header.size <= len(content):  # no extra header of a long name
             yield content[start : start + header.size]
         start += -(-header.size // BLOCK) * BLOCK
 

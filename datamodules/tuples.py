@@ -1,5 +1,6 @@
 """The LightningDataModule: training tuples in the plan's order, and evaluation of queries against a whole corpus."""
 
+import difflib
 import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from lightning.pytorch.loops.progress import _ProcessedTracker
 
 from datamodules.batches import Look, Reader
 from datamodules.loaders import EVALUATION, CorpusLoader, QueryLoader, Share, TupleLoader
+from datamodules.photos import PhotoError, thumbnail
 from datamodules.plan import Plan, Slots, draws, hashed
 from datamodules.shards import Shards
 from mmfusion.batch import Judgments, ProductBatch
@@ -114,6 +116,7 @@ class TupleDataModule(LightningDataModule):
         self.test_loaders = ["corpus", *(f"queries/{split}" for split in tested)]
         self.reader = Reader(shards, self.look, self.damping, self.photo_cache_mib)
         self.shards, self.manifest_hash = shards, shards.manifest.hash
+        self._texts: dict[str, np.ndarray] = {}
 
     @property
     def _rank(self) -> int:
@@ -186,11 +189,60 @@ class TupleDataModule(LightningDataModule):
     def query_texts(self, ids: Int64[np.ndarray, "query"]) -> list[str]:
         return self.reader.queries(ids).text
 
+    def query_ids(self, ids: Int64[np.ndarray, "query"]) -> list[str]:
+        return self.shards.queries.query_id[ids].tolist()
+
+    def train_queries(self) -> list[str]:
+        return self.shards.queries.query[self.shards.queries.of("train")].tolist()
+
+    def query_columns(self) -> list[str]:
+        return self.shards.query_columns()
+
+    def query_column(self, name: str) -> np.ndarray:
+        return self.shards.query_column(_known(name, self.query_columns(), f"the queries of {self.path} have"))
+
+    def product_columns(self) -> list[str]:
+        return list(self.shards.manifest.fields)
+
+    def product_column(self, name: str) -> np.ndarray:
+        return self._fields([_known(name, self.product_columns(), f"the products of {self.path} have")])[0]
+
+    def product_texts(self) -> list[str]:
+        """The chosen fields as the text tower is given them; also when `modalities` shows it nothing."""
+        fields = self.look.text_fields
+        rows = zip(*self._fields(fields), strict=True)
+        return [self.reader.text(dict(zip(fields, row, strict=True))) for row in rows]
+
+    def _fields(self, names: Sequence[str]) -> list[np.ndarray]:
+        """Columns of texts, kept; the shards are read once for those of the towers, and once more for all others."""
+        missing = set(names) - set(self._texts)
+        if missing:
+            shown = missing <= set(self.look.text_fields)
+            wanted = self.look.text_fields if shown else [n for n in self.product_columns() if n not in self._texts]
+            self._texts |= self.shards.texts(wanted)
+        return [self._texts[name] for name in names]
+
+    def has_photo(self) -> np.ndarray:
+        return self.shards.index.photo
+
+    def train_positives(self) -> np.ndarray:
+        return self.shards.index.pairs
+
+    def thumbnails(self, ids: Int64[np.ndarray, "product"], side: int) -> list[bytes | None]:
+        """None also for a photo that cannot be decoded: training counts these."""
+        return [self._thumbnail(int(id), side) for id in ids]
+
+    def _thumbnail(self, id: int, side: int) -> bytes | None:
+        sample = self.shards.read(id)
+        try:
+            return None if sample.photo is None else thumbnail(sample.photo, side, sample.product_id)
+        except PhotoError:
+            return None
+
     def texts(self) -> Iterator[str]:
         for id in np.flatnonzero(self.shards.index.trainable):
-            yield self.reader.text(self.shards.read(int(id)))
-        for id in self.shards.queries.of("train"):
-            yield str(self.shards.queries.query[id])
+            yield self.reader.text(self.shards.read(int(id)).texts)
+        yield from self.train_queries()
 
     def judgments(self, split: str) -> Judgments:
         return self.shards.judgments(split)
@@ -220,3 +272,12 @@ class TupleDataModule(LightningDataModule):
 
     def _order(self, name: str) -> Any:
         return self.manifest_hash if name == "manifest" else getattr(self, name)
+
+
+def _known(name: str, names: Sequence[str], has: str) -> str:
+    """The name; ValueError when it is not among the names."""
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f"did you mean {near[0]!r}? {has}" if near else has
+        raise ValueError(f"no column {name!r}; {hint} {', '.join(names) or 'none'}")
+    return name

@@ -10,7 +10,7 @@ Ids are dense int64: `id` of a product is its row in index.parquet, of a query i
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -100,7 +100,8 @@ class Judgments:
     """All judgments of one split, on dense ids. `gain[column]` is NaN where a pair is not judged in that column.
 
     Entries are unique (query, product) pairs, sorted by (query, product). A product is relevant when its gain is at
-    least `positive_from[column]`. `unlisted` says what a pair that is not listed means.
+    least `positive_from[column]`. `unlisted` says what a pair that is not listed means: known to be worth nothing, or
+    not known. `labels[column]` is what each label is worth, empty where labels are numbers.
     """
 
     query: np.ndarray
@@ -108,6 +109,7 @@ class Judgments:
     gain: dict[str, np.ndarray]
     positive_from: dict[str, float]
     unlisted: Literal["irrelevant", "unknown"]
+    labels: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -133,3 +135,30 @@ class RetrievalData(Protocol):
 
     def query_texts(self, ids: np.ndarray) -> list[str]:
         """Any queries by dense id."""
+
+    def query_ids(self, ids: np.ndarray) -> list[str]:
+        """The catalogue's own ids of any queries."""
+
+    def train_queries(self) -> list[str]: ...
+
+    def query_columns(self) -> list[str]:
+        """What the catalogue says of queries besides id, text and split."""
+
+    def query_column(self, name: str) -> np.ndarray:
+        """One string per query; position is the dense id, here and in all that follow."""
+
+    def product_columns(self) -> list[str]: ...
+
+    def product_column(self, name: str) -> np.ndarray:
+        """One string per product, "" where there is none."""
+
+    def product_texts(self) -> list[str]:
+        """The texts that the text tower is given."""
+
+    def has_photo(self) -> np.ndarray: ...
+
+    def train_positives(self) -> np.ndarray:
+        """How many train queries each product is a positive of, in the primary label column."""
+
+    def thumbnails(self, ids: np.ndarray, side: int) -> list[bytes | None]:
+        """Photos of any products as JPEG, `side` pixels at most; None where there is none."""

@@ -10,6 +10,10 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mmfusion.batch import RetrievalData
 
 EXPERIMENTS = Path("experiments")
 DEMO = Path("data/demo")
@@ -159,25 +163,45 @@ def importer(name: str) -> Callable[..., None]:
 
 def evaluate(argv: list[str]) -> None:
     """Evaluates a run again, on its own shards or others; writes results under eval/ of the run, or under --out."""
-    parser = _parser("eval", run="run folder!", data="folder of shards", split="val or test", out="folder for results")
+    parser = _parser(
+        "eval",
+        run="run folder!",
+        data="folder of shards",
+        split="val or test",
+        out="folder for results",
+        trec="folder for files that trec_eval reads",
+    )
     options, rest = parser.parse_known_args(argv)
     from mmfusion.run import evaluate_run  # noqa: PLC0415
 
     out = Path(options.out) if options.out else None
-    evaluate_run(Path(options.run), options.data, options.split or "test", out, rest)
+    trec = Path(options.trec) if options.trec else None
+    evaluate_run(Path(options.run), options.data, options.split or "test", out, rest, trec)
 
 
 def compare(argv: list[str]) -> None:
-    """Runs side by side, with what differs in their configurations."""
+    """Runs side by side, tested in pairs, with what differs in their configurations; on the terminal and as a page."""
     parser = argparse.ArgumentParser(prog="mmfusion compare")
     parser.add_argument("runs", nargs="*", type=Path)
     parser.add_argument("--split", help="split to compare; test where all have it")
+    parser.add_argument("--out", type=Path, help="page to write; comparison.html in the first run's folder without")
     options = parser.parse_args(argv)
     if not options.runs:
-        raise ValueError('make compare needs RUNS="runs/a runs/b": folders that hold a results.json')
-    from mmfusion.retrieval.compare import compare as compare_runs  # noqa: PLC0415
+        raise ValueError('make compare needs RUNS="runs/a runs/b": folders that hold a results.json, or TREC run files')
+    from mmfusion.retrieval.compare import print_comparison  # noqa: PLC0415
+    from mmfusion.retrieval.comparison import compare_runs  # noqa: PLC0415
+    from mmfusion.retrieval.html import write_comparison  # noqa: PLC0415
 
-    compare_runs(options.runs, options.split)
+    comparison = compare_runs(options.runs, options.split, _data_of)
+    print_comparison(comparison)
+    beside = next(run for run in options.runs if run.is_dir())
+    print(f"page: {write_comparison(comparison, options.out or beside / 'comparison.html')}")
+
+
+def _data_of(run: Path) -> "RetrievalData":
+    from mmfusion.run import data_of  # noqa: PLC0415  (it takes seconds, and only run files of others need it)
+
+    return data_of(run)
 
 
 if __name__ == "__main__":

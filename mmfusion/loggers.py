@@ -84,17 +84,20 @@ def make_loggers(run: Path, wandb: Wandb) -> list[Logger]:
             WandbLogger(
                 name=f"{run.parent.name}/{run.name}", save_dir=str(run), id=_wandb_id(run), resume="allow",
                 project=wandb.project, entity=wandb.entity, group=wandb.group or run.parent.name, tags=wandb.tags,
-                offline=mode == "offline", job_type="train", settings=wandb_settings(),
+                job_type="train", settings=wandb_settings(mode),
             )
         )  # fmt: skip
     return loggers
 
 
-def wandb_settings() -> Any:
-    """The library stays silent: the last line on the terminal is the run's, not its own."""
+def wandb_settings(mode: str) -> Any:
+    """The library stays silent: the last line on the terminal is the run's, not its own.
+
+    The mode is given here as Lightning's `offline` goes through the environment, which the library reads only once.
+    """
     from wandb import Settings  # noqa: PLC0415  (it takes a second, and only runs that log to it need it)
 
-    return Settings(silent=True)
+    return Settings(silent=True, mode=cast(Any, mode))
 
 
 def _wandb_id(run: Path) -> str:

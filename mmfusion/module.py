@@ -1,6 +1,7 @@
 """The LightningModule: wires encoders, towers, losses, stages and evaluation together, and logs."""
 
 import copy
+import dataclasses
 import difflib
 import math
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
@@ -21,7 +22,8 @@ from mmfusion.fusion import FusionHead, Gated
 from mmfusion.losses import InfoNCE, Loss, Pairs, identity_pairs, match_pairs
 from mmfusion.optim import Optim
 from mmfusion.reach import TERM_VIEWS, reached, sides
-from mmfusion.retrieval.evaluation import Collector, ViewResult, evaluate_view
+from mmfusion.retrieval.evaluation import VALIDATION, Evaluation, ViewResult, add_baselines, measured
+from mmfusion.retrieval.ranking import Collector, rank_corpus
 from mmfusion.retrieval.topk import tie_ranks
 from mmfusion.stages import Group, Stage, StagedModule, StagePlan
 from mmfusion.towers import MODALITIES, ProductTower, QueryTower, View
@@ -71,7 +73,7 @@ class RetrievalModule(StagedModule):
         modality_dropout: probability that the fused term sees a product without its text or without its photo
         optim: AdamW's options
         memo_gib: GiB that the kept outputs of each frozen encoder may take
-        depth: ranks that are retrieved per query; MRR counts what lies deeper as not found
+        evaluation: how rankings are measured and explained
         compile: backend of torch.compile for the encoders' networks and the fusion head, such as inductor; none without
         zero_shot: evaluate before training too; needs linear projections between equal sizes
         seed: seed of dropout; the command line sets it to seed_everything
@@ -92,7 +94,7 @@ class RetrievalModule(StagedModule):
         modality_dropout: float = 0.0,
         optim: Optim = Optim(),  # noqa: B008
         memo_gib: float = 4.0,
-        depth: int = 1000,
+        evaluation: Evaluation = Evaluation(),  # noqa: B008
         compile: str | None = None,
         zero_shot: bool = False,
         seed: int = 0,
@@ -111,12 +113,8 @@ class RetrievalModule(StagedModule):
         )
         self.losses = losses.modules()
         self.stages, self.groups, self.optim, self.seed = stages, groups, optim, seed
-        self.modality_dropout, self.depth, self.compile_parts, self.zero_shot = (
-            modality_dropout,
-            depth,
-            compile,
-            zero_shot,
-        )
+        self.modality_dropout, self.evaluation = modality_dropout, evaluation
+        self.compile_parts, self.zero_shot = compile, zero_shot
         self._check_terms()
         if zero_shot:
             self._check_zero_shot()
@@ -125,6 +123,7 @@ class RetrievalModule(StagedModule):
         self.contract: dict[str, Any] = {}
         self.collected: dict[str, dict[str, Collector]] = {}
         self.results: dict[str, dict[str, ViewResult]] = {}
+        self.hybrid_weight: float | None = None
 
     # ---- construction ------------------------------------------------------------------------------------------------
 
@@ -312,7 +311,9 @@ class RetrievalModule(StagedModule):
             collectors.setdefault(view, Collector()).add(rows, batch.id, batch.valid)
 
     def on_validation_epoch_end(self) -> None:
-        self._evaluate()
+        # validation decides which checkpoint is best: means do, and their intervals would be thrown away
+        metrics = [name for name in VALIDATION if int(name.partition("@")[2] or 0) <= self.evaluation.depth]
+        self._evaluate(dataclasses.replace(self.evaluation, metrics=metrics), intervals=False)
         corpus = "" if self.data.val_corpus == "all" else f" in {self.data.val_corpus}"
         for split, views in self.results.items():
             for view, result in views.items():
@@ -322,10 +323,14 @@ class RetrievalModule(StagedModule):
             self.log(f"{split}/primary", views[self.primary].metrics[main]["value"])
 
     def on_test_epoch_end(self) -> None:
-        self._evaluate()
+        tie = self._evaluate(self.evaluation)
+        if self.evaluation.baselines and self.results:
+            self.hybrid_weight = add_baselines(
+                self.results, self.primary, self.data, tie, self.evaluation, self.hybrid_weight
+            )
 
-    def _evaluate(self) -> None:
-        """Fills `results[split][view]`, equal on every rank."""
+    def _evaluate(self, options: Evaluation, intervals: bool = True) -> Int[Tensor, "catalogue"]:
+        """Fills `results[split][view]`, equal on every rank; returns the order of ties."""
         corpus = {view: collector.rows() for view, collector in self.collected.pop("corpus").items()}
         queries = {name.removeprefix("queries/"): c["query"].rows() for name, c in self.collected.items()}
         tie = tie_ranks(self.data.product_ids())
@@ -333,10 +338,17 @@ class RetrievalModule(StagedModule):
         for split, rows in queries.items():
             judgments = self.data.judgments(split)
             self.results[split] = {
-                view: evaluate_view(rows, corpus[view], judgments, tie, depth=self.depth) for view in self.product.views
+                view: measured(
+                    rank_corpus(rows, corpus[view], tie, options.depth, chunk=options.chunk),
+                    judgments,
+                    options,
+                    intervals,
+                )
+                for view in self.product.views
             }
         self.collected = {}
         self.features.release()
+        return tie
 
     # ---- logging -----------------------------------------------------------------------------------------------------
 

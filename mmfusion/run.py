@@ -2,9 +2,6 @@
 
 import contextlib
 import dataclasses
-import difflib
-import json
-import re
 import shutil
 import warnings
 from argparse import ArgumentError
@@ -14,42 +11,32 @@ from typing import Any
 
 import torch
 import yaml
-from lightning import Trainer
+from jsonargparse import ArgumentParser
+from lightning import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
 
-import mmfusion.encoders
-import mmfusion.fusion
-import mmfusion.losses
+from mmfusion.batch import RetrievalData
 from mmfusion.checkpoints import BestCheckpoint, LastCheckpoint, best_of
 from mmfusion.environment import MadeWith, commit
 from mmfusion.examples import ExampleTable
 from mmfusion.loggers import Wandb, make_loggers
 from mmfusion.module import RetrievalModule
+from mmfusion.options import contract, explained, with_merged_rates
+from mmfusion.outcome import leave, metrics_of, write_trec
 from mmfusion.progress import RunProgress
-from mmfusion.retrieval.compare import flattened
-from mmfusion.retrieval.report import print_table, read_results, write_results
-from mmfusion.stages import Group, LossWeights, Stage, StageSwitch, Until
+from mmfusion.retrieval.report import RESERVED, read_results, write_results
+from mmfusion.stages import StageSwitch
 
-# What may differ when a run is resumed: where things are, how fast they are made, what is only reported.
-RESUME_MAY_CHANGE = (
-    "data.path", "data.workers", "data.eval_batch_size", "data.test_splits", "data.photo_cache_mib",
-    "model.memo_gib", "model.depth", "model.compile", "model.zero_shot",
-)  # fmt: skip
-# The trainer's options that decide the weights; its others may change.
-RESUME_KEEPS_OF_TRAINER = (
-    "max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision",
-    "limit_train_batches",
-)  # fmt: skip
 # Options of Lightning's trainer that a run of this project decides itself.
 DECIDED = {
     "logger": (False, "loggers are chosen by --wandb.mode; metrics.csv is always written"),
     "enable_checkpointing": (None, "the best checkpoint is what a run is evaluated with"),
     "fast_dev_run": (False, "try --trainer.max_steps=10 instead"),
+    "limit_test_batches": (None, "a test searches the whole corpus; a part of it has other numbers"),
+    "limit_val_batches": (None, "name a smaller corpus by --data.val_corpus=judged+10000 instead"),
 }
-
 
 ZERO_SHOT = "zero_shot.json"
 
@@ -117,70 +104,6 @@ class FusionCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-RATE = re.compile(r"--model\.stages\.([^.=]+)\.rates\.([^.=]+)=(.*)")
-
-
-def with_merged_rates(argv: list[str]) -> list[str]:
-    """`--model.stages.S.rates.G=R` as the whole table of stage S: the parser would drop the stage's other rates."""
-    tables: dict[str, dict[str, Any]] = {}
-    joined = [
-        f"--config={arg}" if before == "--config" else arg for before, arg in zip(["", *argv], argv, strict=False)
-    ]
-    rest = []
-    for arg in (arg for arg in joined if arg != "--config"):
-        if arg.startswith("--config="):
-            tables = _rates_after(tables, Path(arg.removeprefix("--config=")))
-        if match := RATE.fullmatch(arg):
-            stage, group, rate = match.groups()
-            tables.setdefault(stage, {})[group] = _number(rate)
-            rest.append(f"--model.stages.{stage}.rates={json.dumps(tables[stage])}")
-        else:
-            rest.append(arg)
-    return rest
-
-
-def _rates_after(tables: dict[str, dict[str, Any]], file: Path) -> dict[str, dict[str, Any]]:
-    """Each stage's rates once a file is laid over: its stages replace those before, keeping what they do not name."""
-    config = yaml.safe_load(file.read_text()) if file.is_file() else None
-    stages = ((config or {}).get("model") or {}).get("stages")
-    if not stages:
-        return tables
-    return {name: dict(stage.get("rates", tables.get(name, {})) or {}) for name, stage in stages.items()}
-
-
-def _number(rate: str) -> float | str:
-    with contextlib.suppress(ValueError):
-        return float(rate)
-    return rate
-
-
-def explained(message: str, parser: LightningArgumentParser) -> str:
-    """The parser's message, with the names that it should have shown."""
-    if re.search(r"Parser key .model\.fusion", message):
-        heads = [name for name in mmfusion.fusion.__all__ if name != "FusionHead"]
-        message += f"\nmodel.fusion takes a class name: {', '.join(heads)}"
-    options = [option for action in parser._actions for option in action.option_strings]
-    of_stages = [f.name for part in (Stage, Until, LossWeights, Group) for f in dataclasses.fields(part)]
-    for unknown in re.findall(r"--[\w.]+", message) if "unrecognized" in message else []:
-        message += _nearest(unknown, options)
-    for unknown in re.findall(r"option '([\w.]+)'", message):
-        message += _nearest(unknown, of_stages)
-    return message
-
-
-def _nearest(unknown: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(unknown, known, 3)
-    return f"\n{unknown}: the nearest names are {', '.join(near)}" if near else ""
-
-
-def contract(config: dict[str, Any]) -> dict[str, Any]:
-    """What a resumed run must share with the run it goes on from, as dotted keys."""
-    bound = {key: config[key] for key in ("seed_everything", "model", "data")}
-    bound["trainer"] = {key: config["trainer"].get(key) for key in RESUME_KEEPS_OF_TRAINER}
-    flat = {key.replace(".init_args.", "."): value for key, value in flattened(bound).items()}
-    return {key: value for key, value in flat.items() if not key.startswith(RESUME_MAY_CHANGE)}
-
-
 def fit_and_evaluate(cli: FusionCLI) -> None:
     """Trains (or goes on from `--resume`), evaluates with the best checkpoint, writes and prints the results.
 
@@ -196,20 +119,17 @@ def fit_and_evaluate(cli: FusionCLI) -> None:
         cli.trainer.fit(model, cli.datamodule, ckpt_path=resume, weights_only=True)
     checkpoint = best_of(run)
     cli.trainer.test(model, cli.datamodule, ckpt_path=str(checkpoint), weights_only=True, verbose=False)
-    before = read_results(run / ZERO_SHOT) if model.zero_shot and (run / ZERO_SHOT).is_file() else {}
-    results = {split: before.get(split, {}) | views for split, views in _metrics(model).items()}
-    _finish(run, cli, results | {"run": _about(cli, checkpoint, made_by)})
+    if cli.trainer.is_global_zero:
+        before = read_results(run / ZERO_SHOT) if model.zero_shot and (run / ZERO_SHOT).is_file() else {}
+        results = leave(run, model, cli.datamodule, _about(cli, checkpoint, made_by), before)
+        _finish(run, cli, results)
 
 
-@rank_zero_only
 def _finish(run: Path, cli: FusionCLI, results: dict[str, Any]) -> None:
-    write_results(run / "results.json", results)
-    for split in (name for name in results if name != "run"):
-        print_table(results, split)
     final = {
         f"final/{split}/{view}/{name}": cell["value"]
         for split, views in results.items()
-        if split != "run"
+        if split not in RESERVED
         for view, metrics in views.items()
         for name, cell in metrics.items()
     }
@@ -221,10 +141,6 @@ def _finish(run: Path, cli: FusionCLI, results: dict[str, Any]) -> None:
     print(f"run: {run}")
 
 
-def _metrics(model: RetrievalModule) -> dict[str, dict[str, Any]]:
-    return {split: {view: result.metrics for view, result in views.items()} for split, views in model.results.items()}
-
-
 def _about(cli: FusionCLI, checkpoint: Path, made_by: str | None) -> dict[str, Any]:
     return {
         "seed": cli.config.seed_everything,
@@ -233,23 +149,19 @@ def _about(cli: FusionCLI, checkpoint: Path, made_by: str | None) -> dict[str, A
         "data": str(cli.datamodule.path),
         "checkpoint": str(checkpoint),
         "gains": cli.datamodule.gains,
-        "primary": cli.model.primary,
-        "left_out": {
-            f"{split}/{name}": count
-            for split, views in cli.model.results.items()
-            for name, count in views[cli.model.primary].left_out().items()
-            if count
-        },
     }
 
 
 def _zero_shot(cli: FusionCLI) -> None:
     """Every view before any training: what the encoders reach as they come. Kept for the report of a resumed run."""
+    options = cli.model.evaluation
+    cli.model.evaluation = dataclasses.replace(options, baselines=False)  # they come once, with the trained run
     cli.trainer.test(cli.model, cli.datamodule, verbose=False)
+    cli.model.evaluation = options
     if cli.trainer.is_global_zero:
         named = {
             split: {f"zero_shot_{view}": metrics for view, metrics in views.items()}
-            for split, views in _metrics(cli.model).items()
+            for split, views in metrics_of(cli.model).items()
         }
         write_results(cli.run_folder / ZERO_SHOT, named)
 
@@ -268,18 +180,49 @@ def _nothing_half_written(run: Path, trainer: Trainer) -> Iterator[None]:
         raise
 
 
-def evaluate_run(run: Path, data: str | None, split: str, out: Path | None, rest: list[str]) -> None:
-    """Evaluates the best checkpoint of `run` on `split` of its own shards or of `data`."""
+def evaluate_run(
+    run: Path, data: str | None, split: str, out: Path | None, rest: list[str], trec: Path | None = None
+) -> None:
+    """Evaluates the best checkpoint of `run` on `split` of its own shards or of `data`.
+
+    trec: folder for run and qrels files that trec_eval reads.
+    """
+    config, checkpoint = _config_of(run), best_of(run)
+    overrides = [f"--data.init_args.test_splits=[{split}]"] + ([f"--data.init_args.path={data}"] if data else [])
+    cli = FusionCLI.parse([f"--config={config}", *overrides, *rest], None)
+    cli.model.hybrid_weight = _hybrid_weight(run)
+    cli.trainer.test(cli.model, cli.datamodule, ckpt_path=str(checkpoint), weights_only=True, verbose=False)
+    if cli.trainer.is_global_zero:
+        folder = out or run / "eval" / f"{cli.datamodule.manifest_hash[:12]}-{split}"
+        leave(folder, cli.model, cli.datamodule, _about(cli, checkpoint, commit()))
+        if trec is not None:
+            write_trec(trec, cli.model.results, cli.datamodule)
+        print(f"results: {folder / 'results.json'}")
+
+
+def _config_of(run: Path) -> Path:
     config = run / "config.yaml"
     if not config.is_file():
         raise FileNotFoundError(f"RUN={run} is no run: it holds no config.yaml. Runs are folders runs/<exp>/<version>")
-    checkpoint = best_of(run)
-    overrides = [f"--data.init_args.test_splits=[{split}]"] + ([f"--data.init_args.path={data}"] if data else [])
-    cli = FusionCLI.parse([f"--config={config}", *overrides, *rest], None)
-    cli.trainer.test(cli.model, cli.datamodule, ckpt_path=str(checkpoint), weights_only=True, verbose=False)
-    folder = out or run / "eval" / f"{cli.datamodule.manifest_hash[:12]}-{split}"
-    if cli.trainer.is_global_zero:
-        results = {**_metrics(cli.model), "run": _about(cli, checkpoint, commit())}
-        write_results(folder / "results.json", results)
-        print_table(results, split)
-        print(f"results: {folder / 'results.json'}")
+    return config
+
+
+def _hybrid_weight(run: Path) -> float | None:
+    """The weight of BM25 that the run chose on its val queries."""
+    results = run / "results.json"
+    return read_results(results)["run"].get("hybrid_weight") if results.is_file() else None
+
+
+def data_of(run: Path) -> RetrievalData:
+    """The data that a run, or an evaluation under its eval/, was evaluated on. Raises ValueError where it changed."""
+    home = run.resolve().parents[1] if run.resolve().parent.name == "eval" else run
+    about = read_results(run / "results.json")["run"]
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningDataModule, "data")
+    config = yaml.safe_load(_config_of(home).read_text(encoding="utf-8"))["data"]
+    config["init_args"]["path"] = about["data"]
+    data = parser.instantiate_classes(parser.parse_object({"data": config})).data
+    data.setup("test")
+    if data.manifest_hash != about["manifest"]:
+        raise ValueError(f"{about['data']} has changed since {run} was evaluated on it: `make eval RUN={home}` first")
+    return data

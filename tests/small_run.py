@@ -13,6 +13,7 @@ from mmfusion.encoders import ScratchTextEncoder, TimmEncoder
 from mmfusion.fusion import MoEBilinear
 from mmfusion.module import RetrievalModule
 from mmfusion.optim import Optim
+from mmfusion.retrieval.evaluation import Evaluation
 from mmfusion.stages import Group, LossWeights, Stage, StageSwitch, Until
 from tests.datamodules.small import small_catalogue
 
@@ -57,7 +58,7 @@ def small_module(dropout: float = 0.0, augment: str = "none", **options: Any) ->
     image = TimmEncoder("test_vit", image_size=(32, 32), augment=augment)
     chosen = {
         "text": text, "image": image, "stages": three_stages(), "groups": GROUPS, "dim": 8, "seed": 7,
-        "fusion": lambda dim: MoEBilinear(dim, experts=2, rank=4, dropout=0.0), "depth": 100,
+        "fusion": lambda dim: MoEBilinear(dim, experts=2, rank=4, dropout=0.0), "evaluation": Evaluation(depth=100),
         "optim": Optim(weight_decay=0.1),
     }  # fmt: skip
     return RetrievalModule(**{**chosen, **options})

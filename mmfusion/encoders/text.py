@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from mmfusion.encoders.checkpoint import MINILM, load_checkpoint
 from mmfusion.encoders.encoded import Encoded
 
-
 TokenIds = tuple[int, ...]
 STEP = 8  # tokens: in eval mode, texts are padded to a multiple
 
@@ -33,8 +32,8 @@ class TextEncoder(nn.Module, ABC):
     def padded_length(self, longest: int) -> int:
         """Tokens that a batch is padded to in eval mode, whose longest text has `longest`.
 
-        Products of other shapes round otherwise: texts of one padded length, encoded so many at a time, have outputs that
-        do not depend on their neighbours to the last bit.
+        Products of other shapes round otherwise: texts of one padded length, encoded so many at a time, have outputs
+        that do not depend on their neighbours to the last bit.
         """
         return min(self.max_tokens, steps(longest) * STEP)
 

@@ -1,51 +1,77 @@
-"""From the vectors that ranks collected to the numbers of a view: gather, search, merge, measure.
+"""What a run is evaluated by: ranked lists against judgments, beside baselines, with intervals."""
 
-The corpus and the queries are sharded over the ranks of torch.distributed, in any way and unequally; every rank ends
-with the same result, which is that of one process.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Literal
 
 import numpy as np
-import torch
-import torch.distributed as dist
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmfusion.batch import Judgments
-from mmfusion.retrieval.metrics import parse_metric, ranked_gains
+from mmfusion.batch import Judgments, RetrievalData
+from mmfusion.retrieval.baselines import BM25, choose_weight, random_ranking, reciprocal_rank_fusion, weighted_sum
+from mmfusion.retrieval.metrics import parse_metric, ranked_gains, shares, with_policy
+from mmfusion.retrieval.ranking import Ranking, gathered, joined, process
 from mmfusion.retrieval.significance import bootstrap_interval
-from mmfusion.retrieval.topk import TopK, merge, search
+from mmfusion.retrieval.topk import TopK
 
-DEFAULT_METRICS = ("ndcg@1", "ndcg@10", "recall@10", "recall@100", "mrr")
-
-T = TypeVar("T")
+VALIDATION = ("ndcg@1", "ndcg@10", "recall@10", "recall@100", "mrr")
+TEST = (
+    "ndcg@1", "ndcg@10", "ndcg@100", "recall@10", "recall@100", "recall_capped@100", "precision@10", "map@100", "mrr",
+    "hit_rate@10", "err@10", "judged@10", "share@10",
+)  # fmt: skip
+BASELINES = ("bm25", "random", "hybrid_rrf", "hybrid_sum")
 
 
 @dataclass
-class Rows:
-    """Vectors of queries or of products with their dense ids."""
+class Evaluation:
+    """How rankings are measured and explained.
 
-    vectors: Float[Tensor, "row dim"]
-    ids: Int[Tensor, "row"]
+    Args:
+        metrics: of a test, in each label column: ndcg, ndcg_exp (gain 2^g - 1), recall, recall_capped, precision, map,
+            hit_rate, err, judged, share (of every label), each with a depth as in ndcg@10; mrr and map also without
+        depth: products retrieved per query; mrr and map count what lies deeper as not found
+        no_positive: a query for which a metric is not defined: skip leaves it out of the mean, zero counts it as 0
+        unjudged: what a retrieved product counts that nobody judged: zero is gain 0, condensed takes it off the list
+        baselines: rows for BM25, random order and hybrids of BM25 with the primary view
+        slices: columns of queries or of products to slice by, besides the built-in ones
+        resamples: draws of the bootstrap intervals
+        chunk: products whose scores are held at a time
+        vectors: folder for the corpus' vectors when they do not fit into memory; without, they stay there
+        photos_mib: thumbnails that a report may hold
+    """
 
+    metrics: list[str] = field(default_factory=lambda: list(TEST))
+    depth: int = 1000
+    no_positive: Literal["skip", "zero"] = "skip"
+    unjudged: Literal["zero", "condensed"] = "zero"
+    baselines: bool = True
+    slices: list[str] = field(default_factory=list)
+    resamples: int = 1000
+    chunk: int = 16_384
+    vectors: str | None = None
+    photos_mib: float = 16.0
 
-class Collector:
-    """Gathers the vectors of one view batch by batch, without the rows that only pad a batch."""
+    def __post_init__(self) -> None:
+        for name in ("depth", "resamples", "chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.evaluation.{name} is {getattr(self, name)}; expected at least 1")
+        if self.photos_mib < 0:
+            raise ValueError(f"model.evaluation.photos_mib is {self.photos_mib}; expected 0 or more")
+        for name in self.metrics:
+            self._expanded(name, {})
+        self._expanded("ndcg@10", {})
 
-    def __init__(self) -> None:
-        self._vectors: list[Tensor] = []
-        self._ids: list[Tensor] = []
+    def names(self, labels: Mapping[str, float]) -> list[str]:
+        """The metrics of a label column, `share@k` as one for each label."""
+        return list(dict.fromkeys(name for given in self.metrics for name in self._expanded(given, labels)))
 
-    def add(self, vectors: Float[Tensor, "row dim"], ids: Int[Tensor, "row"], valid: Bool[Tensor, "row"]) -> None:
-        self._vectors.append(vectors.detach()[valid])
-        self._ids.append(ids[valid])
-
-    def rows(self) -> Rows:
-        assert self._vectors, "no batch was collected"
-        return Rows(torch.cat(self._vectors), torch.cat(self._ids))
+    def _expanded(self, name: str, labels: Mapping[str, float]) -> list[str]:
+        family, _, k = name.partition("@")
+        if family == "share":
+            return [f"{share}@{k}" for share in shares(labels)]
+        parse_metric(name, self.depth, labels)
+        return [name]
 
 
 @dataclass
@@ -67,73 +93,79 @@ class ViewResult:
         return {name: int(np.isnan(values).sum()) for name, values in self.per_query.items()}
 
 
-def evaluate_view(
-    queries: Rows,
-    corpus: Rows,
-    judgments: Judgments,
-    tie: Int[Tensor, "catalogue"],
-    *,
-    metrics: Sequence[str] = DEFAULT_METRICS,
-    depth: int = 100,
-    chunk: int = 16_384,
-    device: torch.device | None = None,
-    seed: int = 0,
-) -> ViewResult:
-    """Searches the corpus for every query and measures the lists in each label column.
-
-    queries, corpus: this rank's rows; an id that came up several times, on whatever ranks, counts once.
-    tie: `tie_ranks` of the catalogue. depth: products retrieved per query. chunk, device: of the search; the default
-    device is that of the corpus. seed: of the intervals' resampling.
-    """
-    parsed = {name: parse_metric(name, depth) for name in metrics}
-    queries, corpus = _all_queries(queries), _own_products(corpus)
-    found = search(
-        queries.vectors.to(device or corpus.vectors.device), corpus.vectors, corpus.ids, tie, depth, chunk=chunk
-    )
-    found = TopK(found.scores.cpu(), found.ids.cpu())
-    result = ViewResult(queries.ids.numpy(), merge(_gathered(found), tie.cpu(), depth))
+def measured(ranking: Ranking, judgments: Judgments, options: Evaluation, intervals: bool = True) -> ViewResult:
+    """The lists against every label column of the judgments."""
+    result = ViewResult(ranking.query_ids, ranking.top)
     for column in judgments.gain:
-        ranked = ranked_gains(result.top.ids.numpy(), result.query_ids, judgments, column)
-        for name, (metric, k) in parsed.items():
-            per_query = metric(ranked, k)
-            result.per_query[f"{column}/{name}"] = per_query
-            result.metrics[f"{column}/{name}"] = _mean_with_interval(per_query, seed)
+        ranked = ranked_gains(ranking.top.ids.numpy(), ranking.query_ids, judgments, column, options.unjudged)
+        labels = judgments.labels.get(column, {})
+        for name in options.names(labels):
+            values = with_policy(parse_metric(name, options.depth, labels)(ranked), options.no_positive)
+            result.per_query[f"{column}/{name}"] = values
+            result.metrics[f"{column}/{name}"] = mean_with_interval(values, options.resamples if intervals else 0)
     return result
 
 
-def _all_queries(queries: Rows) -> Rows:
-    """The queries of all ranks, each id once, in ascending order, on the CPU."""
-    parts = _gathered(Rows(queries.vectors.cpu().clone(), queries.ids.cpu().clone()))
-    ids, first = np.unique(torch.cat([part.ids for part in parts]).numpy(), return_index=True)
-    return Rows(torch.cat([part.vectors for part in parts])[first], torch.from_numpy(ids))
-
-
-def _own_products(corpus: Rows) -> Rows:
-    """This rank's products without those that it, or a rank before it, has already."""
-    ids = _gathered(corpus.ids.cpu().numpy())
-    start = sum(len(part) for part in ids[: _rank()])
-    first = np.unique(np.concatenate(ids), return_index=True)[1]
-    own = np.sort(first[(first >= start) & (first < start + len(corpus.ids))]) - start
-    if len(own) == len(corpus.ids):
-        return corpus
-    kept = torch.from_numpy(own).to(corpus.ids.device)
-    return Rows(corpus.vectors[kept.to(corpus.vectors.device)], corpus.ids[kept])
-
-
-def _mean_with_interval(per_query: Float[np.ndarray, "query"], seed: int) -> dict[str, float]:
-    low, high = bootstrap_interval(per_query, seed=seed)
-    counted = per_query[~np.isnan(per_query)]
+def mean_with_interval(values: Float[np.ndarray, "query"], resamples: int) -> dict[str, float]:
+    """resamples 0: both ends are NaN."""
+    low, high = bootstrap_interval(values, resamples) if resamples else (np.nan, np.nan)
+    counted = values[~np.isnan(values)]
     return {"value": float(counted.mean()) if len(counted) else np.nan, "low": low, "high": high}
 
 
-def _gathered(value: T) -> list[T]:
-    """The value of every rank, in rank order. CPU values; their bytes travel on the group's own device."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    values: list[T] = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+def add_baselines(
+    results: dict[str, dict[str, ViewResult]],
+    primary: str,
+    data: RetrievalData,
+    tie: Int[Tensor, "catalogue"],
+    options: Evaluation,
+    weight: float | None,
+    seed: int = 0,
+) -> float | None:
+    """Adds the rows of BASELINES to each split's views, and returns the weight of BM25 in hybrid_sum.
+
+    The weight is the best one on val; on other splits alone it is `weight`, and without one the row is left out.
+    """
+    bm25 = BM25(data.product_texts())
+    judged = {split: data.judgments(split) for split in results}
+    lexical = {
+        split: _bm25_ranking(bm25, views[primary].query_ids, data, tie, options.depth)
+        for split, views in results.items()
+    }
+    if "val" in results:
+        weight = _best_weight(lexical["val"], results["val"][primary], judged["val"], tie, options)
+    for split, views in results.items():
+        ours, words = views[primary], lexical[split].top
+        tops = {
+            "bm25": words,
+            "random": random_ranking(ours.query_ids, len(tie), options.depth, seed),
+            "hybrid_rrf": reciprocal_rank_fusion([words, ours.top], tie, options.depth),
+        }
+        if weight is not None:
+            tops["hybrid_sum"] = weighted_sum(words, ours.top, weight, tie, options.depth)
+        for view, top in tops.items():
+            views[view] = measured(Ranking(ours.query_ids, top), judged[split], options)
+    return weight
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+def _bm25_ranking(
+    bm25: BM25, query_ids: Int[np.ndarray, "query"], data: RetrievalData, tie: Int[Tensor, "catalogue"], depth: int
+) -> Ranking:
+    """Each rank searches for its share of the queries."""
+    rank, ranks = process()
+    own = query_ids[rank::ranks]
+    return joined(gathered(Ranking(own, bm25.search(data.query_texts(own), tie, depth))))
+
+
+def _best_weight(
+    lexical: Ranking, ours: ViewResult, judgments: Judgments, tie: Int[Tensor, "catalogue"], options: Evaluation
+) -> float:
+    """By nDCG@10 of the first label column."""
+    column = next(iter(judgments.gain))
+
+    def ndcg(top: TopK) -> float:
+        ranked = ranked_gains(top.ids.numpy(), lexical.query_ids, judgments, column, options.unjudged)
+        values = parse_metric("ndcg@10", options.depth)(ranked)
+        return float(np.nanmean(values)) if not np.isnan(values).all() else 0.0
+
+    return choose_weight(lexical.top, ours.top, tie, ndcg)

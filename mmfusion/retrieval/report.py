@@ -1,6 +1,6 @@
 """results.json and the table on the terminal.
 
-results[split][view][metric] = {"value", "low", "high"}; the keys `run` and `slices` stand beside the splits.
+results[split][view][metric] = {"value", "low", "high"}; beside the splits stand the keys RESERVED.
 """
 
 import json
@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-RESERVED = ("run", "slices")
-FIRST = ("text", "image", "fused")
+RESERVED = ("run", "slices", "calibration")
+FIRST = ("text", "image", "fused")  # the order of views in tables; others follow
 SHOWN = {"ndcg@10": "nDCG@10", "recall@100": "Recall@100", "mrr": "MRR"}
 
 Cell = Mapping[str, Any]

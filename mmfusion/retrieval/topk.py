@@ -6,6 +6,9 @@ two vectors. Where rounding could have hidden a product of the true top k behind
 equal photos), the query is searched again, rescoring all that lies within the error bound of the product.
 Results are ordered by one integer key, (score, tie): equal scores go by product id as a string, descending, as in
 trec_eval.
+
+Most products are passed over without being sorted: of each run of GROUP products only the best score is compared with
+what the query has found so far, and only runs that beat it are looked into.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,13 +16,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float32, Int, Int64
+from jaxtyping import Bool, Float, Float32, Int, Int64
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mmfusion.retrieval.vectors import VectorFile
+
 MARGIN = 32  # candidates per query beyond k
 QUERIES = 1024  # queries of a block: its scores take QUERIES * chunk * 4 bytes
-PAIRS = 8192  # pairs rescored at a time: PAIRS * dim * 8 bytes, three times
+GROUP = 32  # neighbouring products of which the best score stands for all
+PAIRS = 8192  # pairs rescored at a time: PAIRS * dim * 12 bytes
 EMPTY = torch.iinfo(torch.int64).min  # the key of no product
 
 
@@ -40,7 +46,7 @@ def tie_ranks(product_ids: Sequence[str]) -> Int64[Tensor, "catalogue"]:
 @torch.no_grad()
 def search(
     queries: Float[Tensor, "query dim"],
-    corpus: Float[Tensor, "product dim"],
+    corpus: Float[Tensor, "product dim"] | VectorFile,
     ids: Int[Tensor, "product"],
     tie: Int[Tensor, "catalogue"],
     k: int,
@@ -49,18 +55,16 @@ def search(
 ) -> TopK:
     """The k products of highest dot product for each query, on the queries' device.
 
-    corpus: of any float type and on any device (a memory-mapped file, too); `chunk` rows at a time are widened to fp32
-    on the queries' device. ids: the dense id of each row, distinct. tie: `tie_ranks` of the whole catalogue.
-    Raises ValueError on vectors that are not finite and on ids that occur twice.
+    corpus: of any float type and on any device, or a file of vectors larger than memory; `chunk` rows at a time are
+    widened to fp32 on the queries' device. ids: the dense id of each row, distinct. tie: `tie_ranks` of the whole
+    catalogue. Raises ValueError on vectors that are not finite and on ids that occur twice.
     """
     assert min(k, chunk) > 0
     queries, ids, tie = queries.float(), ids.to(queries.device), tie.to(queries.device)
     if len(ids) and (twice := ids.bincount(minlength=len(tie)) > 1).any():
         raise ValueError(f"the corpus holds product id {int(twice.nonzero()[0])} more than once; drop the copies")
-    searched = _Corpus(corpus, tie[ids], chunk)
     with _full_precision(queries.device):
-        blocks = [_search_block(block, searched, k) for block in queries.split(QUERIES)]
-    return _decoded(torch.cat(blocks), tie)
+        return _decoded(_search(queries, _Corpus(corpus, tie[ids], chunk), k), tie)
 
 
 def merge(parts: Sequence[TopK], tie: Int[Tensor, "catalogue"], k: int) -> TopK:
@@ -72,21 +76,21 @@ def merge(parts: Sequence[TopK], tie: Int[Tensor, "catalogue"], k: int) -> TopK:
     return _decoded(_best(keys, k), tie)
 
 
-def exact_dot(left: Float32[Tensor, "pair dim"], right: Float32[Tensor, "pair dim"]) -> Float32[Tensor, "pair"]:
-    """Row-wise dot products. Products of two fp32 are exact in fp64; they are summed by halving, in a fixed order."""
-    terms = left.double() * right
-    while (width := terms.shape[1]) > 1:
+def exact_dot(left: Float32[Tensor, "*#pair dim"], right: Float32[Tensor, "*#pair dim"]) -> Float32[Tensor, "*#pair"]:
+    """Dot products over the last axis. Products of two fp32 are exact in fp64; they are summed by halving, in place."""
+    terms = right.double().mul_(left.double())
+    while (width := terms.shape[-1]) > 1:
         half = width // 2
-        folded = terms[:, :half] + terms[:, half : 2 * half]
+        terms[..., :half] += terms[..., half : 2 * half]
         if width % 2:
-            folded[:, 0] += terms[:, -1]
-        terms = folded
-    return terms[:, 0].float()
+            terms[..., 0] += terms[..., -1]
+        terms = terms[..., :half]
+    return terms[..., 0].float()
 
 
 @dataclass
 class _Corpus:
-    vectors: Float[Tensor, "product dim"]
+    vectors: Float[Tensor, "product dim"] | VectorFile
     tie: Int[Tensor, "product"]
     chunk: int
 
@@ -96,19 +100,20 @@ class _Corpus:
             yield start, self.vectors[start : start + self.chunk].to(device, torch.float32)
 
 
-def _search_block(queries: Float32[Tensor, "query dim"], corpus: _Corpus, k: int) -> Int64[Tensor, "query k"]:
+def _search(queries: Float32[Tensor, "query dim"], corpus: _Corpus, k: int) -> Int64[Tensor, "query k"]:
     """Keys of the k best products.
 
     With fp32 scores off by at most `slack`, the k-th best true score is at least (k-th best fp32 score - slack), so a
-    product of the true top k has an fp32 score of at least that minus slack again: the floor.
+    product of the true top k has an fp32 score of at least that minus slack again: the floor. Where the last candidate
+    lies below the floor, so does every product that is not a candidate.
     """
     scores, rows, slack = _candidates(queries, corpus, k + MARGIN)
+    floor = scores[:, k - 1] - 2 * slack
+    rows = rows.masked_fill(scores < floor[:, None], -1)
     best = _best(_rescored(queries, corpus.vectors, corpus.tie, rows), k)
     if len(corpus.vectors) > k + MARGIN:
-        floor = scores[:, k - 1] - 2 * slack
         wide = (scores[:, -1] >= floor).nonzero()[:, 0]
-        for part in wide.split(QUERIES // 4):
-            best[part] = _search_wide(queries[part], floor[part], corpus, k)
+        best[wide] = _search_wide(queries[wide], floor[wide], corpus, k)
     return best
 
 
@@ -123,15 +128,50 @@ def _candidates(
     best = queries.new_full((len(queries), count), -torch.inf)
     rows = torch.full_like(best, -1, dtype=torch.int64)
     longest = queries.new_zeros(())
+    # Fresh memory of this size is slow on a CPU, so all blocks share it; what pads the last group scores -inf.
+    width = -(-min(corpus.chunk, len(corpus.vectors)) // GROUP) * GROUP
+    scores = queries.new_full((min(QUERIES, len(queries)), width), -torch.inf)
     for start, block in corpus.chunks(queries.device):
         longest = torch.maximum(longest, block.norm(dim=1).max())
-        near = (queries @ block.T).topk(min(count, len(block)), sorted=False)
-        best, kept = torch.cat([best, near.values], 1).topk(count)
-        rows = torch.cat([rows, near.indices + start], 1).gather(1, kept)
+        scores[:, len(block) :] = -torch.inf
+        for part in _blocks(len(queries), QUERIES):
+            block_scores = scores[: len(queries[part])]
+            torch.mm(queries[part], block.T, out=block_scores[:, : len(block)])
+            _keep_best(block_scores, start, best[part], rows[part])
     slack = (queries.shape[1] + 8) * 2.0**-24 * queries.norm(dim=1) * longest
     if not slack.isfinite().all():
         raise ValueError("the query or product vectors hold NaN or infinite values: training diverged, or bad features")
-    return best, rows, slack
+    best, order = best.sort(1, descending=True)
+    return best, rows.gather(1, order), slack
+
+
+def _keep_best(
+    scores: Float32[Tensor, "query slot"],
+    start: int,
+    best: Float32[Tensor, "query count"],
+    rows: Int64[Tensor, "query count"],
+) -> None:
+    """Lets the scores of the rows from `start` on into `best` and `rows`, in place and in no order.
+
+    A score enters only if it beats the count-th best so far, so a group whose peak does not can be passed over. Of the
+    others, `count` of the highest peaks are enough: `count` scores are then at least as high as any in the rest. What
+    is left out is thus never above the worst that is kept, which is all that the floor needs; of equal scores, any may
+    be left out.
+    """
+    count = best.shape[1]
+    peaks = scores.unflatten(1, (-1, GROUP)).amax(2)
+    beaten = int((peaks > best.amin(1, keepdim=True)).sum(1).amax())  # groups to look into, at the neediest query
+    if beaten == 0:
+        return
+    groups = peaks.topk(min(beaten, count), sorted=False).indices
+    first = torch.arange(len(scores), device=scores.device)[:, None] * peaks.shape[1]
+    opened = scores.view(-1, GROUP).index_select(0, (first + groups).flatten()).view(len(scores), -1)
+    values, kept = torch.cat([best, opened], 1).topk(count, sorted=False)
+    slot = (kept - count).clamp(min=0)
+    new = start + groups.gather(1, slot // GROUP) * GROUP + slot % GROUP
+    rows.copy_(torch.where(kept < count, rows.gather(1, kept.clamp(max=count - 1)), new))
+    rows.masked_fill_(values == -torch.inf, -1)
+    best.copy_(values)
 
 
 def _search_wide(
@@ -142,26 +182,43 @@ def _search_wide(
 ) -> Int64[Tensor, "query k"]:
     """Keys of the k best products among all whose fp32 score reaches the floor, however many."""
     best = torch.full((len(queries), k), EMPTY, device=queries.device)
+    if len(queries) == 0:
+        return best
     for start, block in corpus.chunks(queries.device):
-        row, tie = torch.arange(len(block), device=queries.device), corpus.tie[start : start + len(block)]
-        rows = torch.where(queries @ block.T >= floor[:, None], row, -1)
-        best = _best(torch.cat([best, _rescored(queries, block, tie, rows)], 1), k)
+        tie = corpus.tie[start : start + len(block)]
+        for part in _blocks(len(queries), max(1, QUERIES // 4)):
+            rows = _columns(queries[part] @ block.T >= floor[part, None])
+            keys = _rescored(queries[part], block, tie, rows)
+            best[part] = _best(torch.cat([best[part], keys], 1), k)
     return best
+
+
+def _columns(where: Bool[Tensor, "query column"]) -> Int64[Tensor, "query slot"]:
+    """The columns that hold in each row, from the left; -1 in the slots beyond."""
+    query, column = where.nonzero().unbind(1)
+    counts = where.sum(1)
+    columns = torch.full((len(where), int(counts.amax())), -1, device=where.device)
+    columns[query, torch.arange(len(query), device=where.device) - (counts.cumsum(0) - counts)[query]] = column
+    return columns
 
 
 def _rescored(
     queries: Float32[Tensor, "query dim"],
-    corpus: Float[Tensor, "product dim"],
+    corpus: Float[Tensor, "product dim"] | VectorFile,
     tie: Int[Tensor, "product"],
     rows: Int64[Tensor, "query slot"],
 ) -> Int64[Tensor, "query slot"]:
-    """Keys of the pairs (query, rows[query, slot]), by the exact dot product; EMPTY where the row is -1."""
-    keys = torch.full_like(rows, EMPTY)
-    for pairs in (rows >= 0).nonzero().split(PAIRS):
-        query, slot = pairs.unbind(1)
-        row = rows[query, slot]
-        products = corpus[row.to(corpus.device)].to(queries.device, torch.float32)
-        keys[query, slot] = _keys(exact_dot(queries[query], products), tie[row])
+    """Keys of the pairs (query, rows[query, slot]), by the exact dot product; EMPTY where the row is -1.
+
+    The rows of a query stand to the left of its -1. Few large steps, not many small ones: each waits for all threads.
+    """
+    keys, used = torch.full_like(rows, EMPTY), (rows >= 0).sum(1)
+    for part in _blocks(len(rows), max(1, PAIRS // max(1, rows.shape[1]))):
+        row = rows[part, : int(used[part].amax())]
+        first = row.clamp(min=0)
+        products = corpus[first.flatten().to(corpus.device)].to(queries.device, torch.float32)
+        scores = exact_dot(queries[part, None], products.unflatten(0, first.shape))
+        keys[part, : row.shape[1]] = _keys(scores, tie[first]).masked_fill(row < 0, EMPTY)
     return keys
 
 
@@ -187,6 +244,10 @@ def _inverse(permutation: Int[Tensor, "catalogue"]) -> Int64[Tensor, "catalogue"
     inverse = torch.empty_like(permutation, dtype=torch.int64)
     inverse[permutation] = torch.arange(len(permutation), device=permutation.device)
     return inverse
+
+
+def _blocks(length: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, length, size)]
 
 
 @contextmanager

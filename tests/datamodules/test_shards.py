@@ -87,6 +87,7 @@ def test_judgments_of_a_split(shards: Shards, folder: Path) -> None:
         keys = judgments.query * 64 + judgments.product
         assert (np.diff(keys) > 0).all()
         assert judgments.unlisted == ("unknown" if split == "train" else "irrelevant")
+        assert judgments.labels == {"relevance": {"E": 1.0, "S": 0.1, "C": 0.01, "I": 0.0}, "stars": {}}
     with pytest.raises(ValueError, match="has no split 'dev'; it has train, val, test"):
         shards.judgments("dev")
 
@@ -172,12 +173,31 @@ def test_shards_are_even(catalogue: Catalogue, tmp_path: Path) -> None:
 
 
 def test_further_columns_of_queries_are_kept(folder: Path, tmp_path: Path) -> None:
-    rows = [(row["query_id"], row["query"], row["split"], "é") for row in rows_of(folder / "queries.csv")]
+    classes = ["é" if i % 3 else "" for i in range(16)]
+    rows = [(*row.values(), of) for row, of in zip(rows_of(folder / "queries.csv"), classes, strict=True)]
     write_rows(folder / "queries.csv", ("query_id", "query", "split", "class"), rows)
     write_shards(read_catalogue(folder), tmp_path / "shards")
     table = pq.read_table(tmp_path / "shards" / "queries.parquet")
-    assert table["class"].to_pylist() == ["é"] * 16
     assert table["id"].to_pylist() == list(range(16))
+    shards = Shards.open(tmp_path / "shards")
+    assert shards.query_columns() == ["class"]
+    assert shards.query_column("class").tolist() == classes
+
+
+@pytest.mark.parametrize("head", [512, 1024, 1536, 8192])
+def test_texts_of_all_products(folder: Path, tmp_path: Path, head: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much of a sample is read at first: less than its header with a long name, than its JSON, or all."""
+    monkeypatch.setattr(shards_module, "HEAD", head)
+    rows = [(id, f"title {id}", id * 5 if number % 2 else "", "p1.png") for number, id in enumerate(ODD_IDS)]
+    write_rows(folder / "products.csv", ("product_id", "title", "description", "image"), rows)
+    write_rows(folder / "judgments.csv", ("query_id", "product_id", "label"), [("q0", id, "E") for id in ODD_IDS])
+    write_shards(read_catalogue(folder), tmp_path / "shards")
+    shards = Shards.open(tmp_path / "shards")
+    found = shards.texts(["description", "title"])
+    described = {id: description for id, _, description, _ in rows}
+    assert list(found) == ["description", "title"]
+    assert found["title"].tolist() == [f"title {id}" for id in shards.index.product_id]
+    assert found["description"].tolist() == [described[id] for id in shards.index.product_id]
 
 
 def test_missing_photos_are_counted(folder: Path, tmp_path: Path) -> None:

@@ -1,17 +1,23 @@
 """The datamodule: its options, what it evaluates, and a trainer's order, ranks and resume."""
 
+import io
 import multiprocessing
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
 
+from datamodules.catalogue import read_catalogue
 from datamodules.tuples import TupleDataModule
-from mmfusion.batch import ProductBatch, QueryBatch, TupleBatch
-from tests.datamodules.drawn import PRODUCTS, SIZE, Tables, draw_shards, module, tuples_of
+from datamodules.writer import write_shards
+from mmfusion.batch import ProductBatch, QueryBatch, RetrievalData, TupleBatch
+from tests.datamodules.drawn import PRODUCTS, QUERIES, SIZE, Tables, draw_shards, module, tuples_of
+from tests.datamodules.small import write_rows
 from tests.ddp import run_ranks
 
 
@@ -228,3 +234,98 @@ def test_resume_in_another_order_is_refused(epochs: Straight, tables: Tables) ->
     for options, message in (({"seed": 5}, "data.seed=0, this run has 5"), ({"window": 9}, "data.window=16384")):
         with pytest.raises(ValueError, match=message):
             resumed(tables, epochs, "003-batch", **options)
+
+
+def test_what_evaluation_asks_besides_batches(tables: Tables) -> None:
+    data = module(tables, "test", text_fields=["title", "brand"], modalities=["image"])
+    products, queries = data.product_ids(), data.query_ids(np.arange(QUERIES))
+    assert isinstance(data, RetrievalData)
+    assert queries == data.shards.queries.query_id.tolist()
+    assert data.query_ids(np.array([7, 3])) == [queries[7], queries[3]]
+    assert sorted(data.train_queries()) == sorted(text for q, text in tables.query.items() if tables.trains(q))
+    assert data.has_photo().tolist() == [tables.colour[p] is not None for p in products]
+    assert data.train_positives().tolist() == [len(tables.positives(p)) for p in products]
+    assert data.product_columns() == ["title", "brand"]
+    assert data.product_column("brand").tolist() == [tables.brand[p] for p in products]
+    assert data.product_texts() == [" ".join(filter(None, (tables.title[p], tables.brand[p]))) for p in products]
+    assert data.product_texts() == [data.reader.text(data.shards.read(id).texts) for id in range(PRODUCTS)]
+    assert data.query_columns() == []
+
+
+def test_the_shards_are_read_twice_at_most(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, read = module(tables, "test"), list[list[str]]()
+    texts = data.shards.texts
+    monkeypatch.setattr(data.shards, "texts", lambda fields: read.append(list(fields)) or texts(fields))
+    for _ in range(2):
+        assert data.product_texts() == data.product_column("title").tolist()
+        assert data.product_column("brand") is data.product_column("brand")
+    assert read == [["title"], ["brand"]]
+
+
+def test_a_column_that_is_not_there_is_named(tables: Tables) -> None:
+    data = module(tables, "test")
+    with pytest.raises(ValueError, match=r"no column 'brnad'; did you mean 'brand'\? the products of .* title, brand"):
+        data.product_column("brnad")
+    with pytest.raises(ValueError, match=r"no column 'brand'; the queries of .*shards have none"):
+        data.query_column("brand")
+
+
+def photo(size: tuple[int, int], kind: str, orientation: int = 1, colour: tuple[int, ...] = (200, 30, 60)) -> bytes:
+    """One colour, but white in the top left quarter; a fourth value of a colour is its opacity."""
+    image = Image.new("RGBA" if len(colour) > 3 else "RGB", size, colour)
+    image.paste((255, 255, 255), (0, 0, size[0] // 2, size[1] // 2))
+    exif, content = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    image.save(content, kind, exif=exif, **({"comment": b"c" * 60_000} if kind == "JPEG" else {}))
+    return content.getvalue()
+
+
+PHOTOS = {  # with the (width, height) and the corner, as (right, bottom), of the white quarter in a thumbnail of 32
+    "wide.jpg": (photo((120, 60), "JPEG"), (32, 16), (0, 0)),
+    "tall.png": (photo((50, 200), "PNG"), (8, 32), (0, 0)),
+    "on_its_side.jpg": (photo((120, 60), "JPEG", orientation=6), (16, 32), (1, 0)),
+    "upside_down.png": (photo((64, 64), "PNG", orientation=3), (32, 32), (1, 1)),
+    "small.png": (photo((10, 4), "PNG"), (10, 4), (0, 0)),
+    "thread.png": (photo((2, 900), "PNG"), (1, 32), (0, 0)),
+    "clear.webp": (photo((60, 60), "WEBP", colour=(0, 0, 0, 0)), (32, 32), None),
+}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> TupleDataModule:
+    """Products named by their photos, "broken.png" (damaged after the import) and "none" without one."""
+    (tmp_path / "images").mkdir()
+    broken = photo((30, 30), "PNG")
+    contents = {name: content for name, (content, _, _) in PHOTOS.items()} | {"broken.png": broken}
+    for name, content in contents.items():
+        (tmp_path / "images" / name).write_bytes(content)
+    rows = [[name, name, name if name in contents else ""] for name in [*contents, "none"]]
+    write_rows(tmp_path / "products.csv", ["product_id", "title", "image"], rows)
+    write_rows(tmp_path / "queries.csv", ["query_id", "query", "split"], [["q", "all", "train"]])
+    write_rows(tmp_path / "judgments.csv", ["query_id", "product_id", "label"], [["q", name, "E"] for name, *_ in rows])
+    write_shards(read_catalogue(tmp_path), tmp_path / "shards", shard_size=100)
+    tar = tmp_path / "shards" / "00000.tar"
+    tar.write_bytes(tar.read_bytes().replace(broken, b"x" * len(broken)))
+    data = TupleDataModule(str(tmp_path / "shards"))
+    data.setup("test")
+    return data
+
+
+def test_thumbnails_are_small_upright_photos_on_white(photos: TupleDataModule) -> None:
+    names = photos.product_ids()
+    found = dict(zip(names, photos.thumbnails(np.arange(len(names)), 32), strict=True))
+    assert found.pop("none") is None
+    assert found.pop("broken.png") is None
+    assert photos.has_photo()[names.index("broken.png")]
+    for name, content in found.items():
+        _, size, white = PHOTOS[name]
+        assert content is not None
+        assert len(content) < 2000
+        image = Image.open(io.BytesIO(content))
+        assert (image.format, image.mode, image.size) == ("JPEG", "RGB", size), name
+        for corner in ((0, 0), (1, 0), (0, 1), (1, 1)) if min(size) > 1 else ():
+            seen = image.getpixel((corner[0] * (size[0] - 1), corner[1] * (size[1] - 1)))
+            expected = (255, 255, 255) if white in (corner, None) else (200, 30, 60)
+            assert np.abs(np.subtract(seen, expected)).max() < 30, (name, corner)
+    turned = np.array([names.index("tall.png"), names.index("none"), names.index("wide.jpg")])
+    assert photos.thumbnails(turned, 32) == [found["tall.png"], None, found["wide.jpg"]]

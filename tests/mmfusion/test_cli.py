@@ -14,7 +14,8 @@ from datamodules.shards import Shards
 from mmfusion.checkpoints import BestCheckpoint, LastCheckpoint
 from mmfusion.cli import main
 from mmfusion.encoders.checkpoint import packaged_folder
-from mmfusion.run import with_merged_rates
+from mmfusion.options import with_merged_rates
+from mmfusion.retrieval.evaluation import BASELINES
 from tests.mmfusion.encoders.test_dual import make_clip
 from tests.small_run import small_shards
 
@@ -65,11 +66,12 @@ def test_every_experiment_trains_and_reports(mmfusion, shards, name):
     assert out.rstrip().splitlines()[-1] == f"run: {run}"
     results = json.loads((run / "results.json").read_text())
     views = {"text_only": ["text"], "image_only": ["image"]}.get(name, ["text", "image", "fused"])
-    assert list(results["test"]) == list(results["val"]) == views
+    assert list(results["test"]) == list(results["val"]) == [*views, *BASELINES]
     assert set(results["test"][views[-1]]["relevance/ndcg@10"]) == {"value", "low", "high"}
     assert results["run"]["primary"] == views[-1]
     assert {path.name for path in run.iterdir()} == {
-        "checkpoints", "config.yaml", "environment.json", "metrics.csv", "results.json",
+        "checkpoints", "config.yaml", "environment.json", "metrics.csv", "results.json", "report.html",
+        "per_query.parquet", "rankings.parquet", "products.parquet",
     }  # fmt: skip
     stages = yaml.safe_load((run / "config.yaml").read_text())["model"]["stages"]
     with (run / "metrics.csv").open() as file:
@@ -95,11 +97,19 @@ def test_eval_gives_the_same_numbers_and_compare_shows_what_differs(mmfusion, sh
     assert mmfusion("eval", "--run", str(first), "--data", str(other), "--split", "val", "--out", "elsewhere")[0] == 0
     elsewhere = json.loads(Path("elsewhere/results.json").read_text())
     assert elsewhere["run"]["manifest"] != trained["run"]["manifest"]
-    assert list(elsewhere) == ["val", "run"]
+    assert set(elsewhere) == {"val", "slices", "calibration", "run"}
+    assert "<html" in Path("elsewhere/report.html").read_text()
 
-    code, out, errors = mmfusion("compare", str(first), str(second))
+    assert mmfusion("eval", "--run", str(second), "--split", "test", "--trec", "files")[0] == 0
+    assert {path.name for path in Path("files").iterdir()} == {
+        *(f"test.{view}.run" for view in trained["test"]), "test.relevance.qrels", "test.relevance.qrels.levels.json",
+    }  # fmt: skip
+    code, out, errors = mmfusion("compare", str(first), str(second), "files/test.fused.run", "--out", "page.html")
     assert code == 0, errors
     assert "seed_everything" in out
+    assert out.rstrip().splitlines()[-1] == "page: page.html"
+    theirs, file = out.split("B concat_mlp")[1].split("C ")[:2]
+    assert theirs.split()[:6] == file.split()[1:7], "a run's own lists, read from a file, have its numbers"
 
 
 def test_a_run_goes_on_from_its_checkpoint_in_its_folder(mmfusion, shards):
@@ -158,7 +168,7 @@ def test_minilm_and_its_zero_shot_row(mmfusion, shards):
                                "--model.zero_shot=true", "--model.dim=384")  # fmt: skip
     assert code == 0, errors
     results = json.loads((only_run("text_only") / "results.json").read_text())
-    assert list(results["test"]) == ["zero_shot_text", "text"]
+    assert list(results["test"]) == ["zero_shot_text", "text", *BASELINES]
     model = SentenceTransformer(str(packaged_folder("sentence-transformers/all-MiniLM-L6-v2")), device="cpu")
     opened = Shards.open(shards)
     texts = [opened.read(i).texts["title"] for i in range(len(opened))]
@@ -179,7 +189,7 @@ def test_dual_trains_both_towers_of_one_checkpoint_from_its_zero_shot_row(mmfusi
     assert code == 0, errors
     results = json.loads((only_run("fusion_gated") / "results.json").read_text())
     views = ["text", "image", "fused"]
-    assert list(results["test"]) == [*(f"zero_shot_{view}" for view in views), *views]
+    assert list(results["test"]) == [*(f"zero_shot_{view}" for view in views), *views, *BASELINES]
 
 
 def test_dual_without_a_hub_is_one_line(mmfusion, shards):

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from mmfusion.batch import Judgments
-from mmfusion.retrieval.evaluation import Collector, Rows, ViewResult, evaluate_view
+from mmfusion.retrieval.evaluation import VALIDATION, Evaluation, ViewResult, measured
+from mmfusion.retrieval.ranking import Collector, Rows, rank_corpus
 from mmfusion.retrieval.topk import tie_ranks
 from tests.ddp import run_ranks
 
@@ -31,15 +32,19 @@ def ties() -> Tensor:
     return tie_ranks([f"{i}" for i in range(PRODUCTS)])
 
 
+OPTIONS = Evaluation(metrics=list(VALIDATION), depth=100)
+
+
 def evaluate(queries: Rows, corpus: Rows) -> ViewResult:
-    return evaluate_view(queries, corpus, judged(), ties())
+    return measured(rank_corpus(queries, corpus, ties(), OPTIONS.depth), judged(), OPTIONS)
 
 
 def test_one_process_by_hand() -> None:
     """Each product's own vector as query, unit norm: it is found first, so all that it is judged for is at rank 1."""
     corpus = Rows(torch.nn.functional.normalize(vectors()[1].vectors[1:3]), torch.tensor([0, 1]))
     judgments = Judgments(np.array([5, 6]), np.array([0, 0]), {"relevance": np.ones(2)}, {"relevance": 1.0}, "unknown")
-    result = evaluate_view(Rows(corpus.vectors, torch.tensor([5, 6])), corpus, judgments, ties()[:2].argsort())
+    ranking = rank_corpus(Rows(corpus.vectors, torch.tensor([5, 6])), corpus, ties()[:2].argsort(), OPTIONS.depth)
+    result = measured(ranking, judgments, OPTIONS)
     assert result.top.ids[:, :3].tolist() == [[0, 1, -1], [1, 0, -1]]
     assert {name: cell["value"] for name, cell in result.metrics.items()} == {
         "relevance/ndcg@1": 0.5,

@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from mmfusion.retrieval import topk
 from mmfusion.retrieval.topk import TopK, exact_dot, merge, search, tie_ranks
+from mmfusion.retrieval.vectors import VectorFile, write_vectors
 
 Setting = tuple[Tensor, Tensor, Tensor, list[str]]
 
@@ -48,8 +50,41 @@ def negative() -> Setting:
     return -queries.abs(), corpus.abs(), ids, strings
 
 
+def ascending() -> Setting:
+    """Scores rise from product to product, by 3e-5 of themselves at the end: every group beats all before it."""
+    queries, corpus, ids, strings = gaussian(products=2500, dim=8)
+    slope = torch.linspace(0.1, 1, len(corpus))[:, None]
+    return queries[:1].sign() * queries.abs(), slope * queries[:1].sign(), ids, strings
+
+
+def descending() -> Setting:
+    """The best come first, so that nothing else is looked into."""
+    queries, corpus, ids, strings = ascending()
+    return queries, corpus.flip(0), ids, strings
+
+
+def opposed() -> Setting:
+    """To some queries each group is better than all before it, to the others worse."""
+    queries, corpus, ids, strings = ascending()
+    return queries * torch.tensor([1, -1, 1, 1, -1, 1, 1])[:, None], corpus, ids, strings
+
+
+def clustered() -> Setting:
+    """Like products lie side by side: the best of a query are in few groups, which other queries pass over."""
+    queries, corpus, ids, strings = gaussian(products=2500, dim=16)
+    centres = torch.randn(50, 16, generator=torch.Generator().manual_seed(4))
+    return centres[:7] + 0.2 * queries, centres.repeat_interleave(50, 0) + 0.2 * corpus, ids, strings
+
+
+def wide_ties() -> Setting:
+    """About 100 copies of each of 27 vectors: many more equal scores than there are places."""
+    queries, corpus, ids, strings = gaussian(products=2500, dim=3)
+    return queries.round().clamp(-1, 1), corpus.round().clamp(-1, 1), ids, strings
+
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 SETTINGS = [gaussian, all_equal, few_values, collapsed, negative]
+MANY_GROUPS = [ascending, descending, opposed, clustered, wide_ties]
 
 
 def slow_search(queries: Tensor, corpus: Tensor, ids: Tensor, strings: list[str], k: int) -> tuple[list, list]:
@@ -80,6 +115,30 @@ def test_search_sorts_as_the_slow_reference(setting: Callable[[], Setting], k: i
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("setting", MANY_GROUPS)
+@pytest.mark.parametrize("k", [1, 10])
+def test_groups_that_are_passed_over_hide_nothing(setting: Callable[[], Setting], k: int, device: str) -> None:
+    queries, corpus, ids, strings = setting()
+    tie, (scores, expected) = tie_ranks(strings), slow_search(queries, corpus, ids, strings, k)
+    for chunk in (1, 7, 1000, 16_384):
+        found = search(queries.to(device), corpus, ids, tie, k, chunk=chunk)
+        assert found.ids.tolist() == expected
+        assert found.scores.tolist() == scores
+
+
+def test_a_million_products() -> None:
+    """Vectors of small integers: scores are exact, and each is shared by thousands of products."""
+    generator, size = torch.Generator().manual_seed(5), 10**6
+    queries = torch.randint(-3, 4, (4, 6), generator=generator)
+    corpus = torch.randint(-3, 4, (size, 6), generator=generator)
+    tie = torch.randperm(size, generator=generator)
+    found = search(queries.float(), corpus.float(), torch.arange(size), tie, 100)
+    order = ((queries @ corpus.T) * size + tie).argsort(1, descending=True)[:, :100]
+    assert torch.equal(found.ids, order)
+    assert torch.equal(found.scores, (queries @ corpus.T).gather(1, order).float())
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_every_chunk_size_and_device_gives_the_same_bits(setting: Callable[[], Setting], device: str) -> None:
     queries, corpus, ids, strings = setting()
@@ -107,6 +166,7 @@ def test_blocks_of_queries_and_pairs_give_the_same_bits(
     whole = search(queries, corpus, ids, tie_ranks(strings), 10)
     monkeypatch.setattr(topk, "QUERIES", 4)
     monkeypatch.setattr(topk, "PAIRS", 5)
+    monkeypatch.setattr(topk, "GROUP", 3)
     assert_same(search(queries, corpus, ids, tie_ranks(strings), 10), whole)
 
 
@@ -147,12 +207,25 @@ def test_half_precision_corpus_is_widened(dtype: torch.dtype) -> None:
     )
 
 
-def test_corpus_may_be_a_memory_mapped_file(tmp_path: Path) -> None:
+def test_corpus_may_be_a_memory_mapped_tensor(tmp_path: Path) -> None:
     queries, corpus, ids, strings = gaussian()
     np.save(tmp_path / "corpus.npy", corpus.numpy())
     mapped = torch.from_numpy(np.load(tmp_path / "corpus.npy", mmap_mode="r+"))
     tie = tie_ranks(strings)
     assert_same(search(queries, mapped, ids, tie, 10, chunk=16), search(queries, corpus, ids, tie, 10))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_corpus_may_be_a_file_of_vectors(
+    setting: Callable[[], Setting], dtype: Literal["float16", "float32"], device: str, tmp_path: Path
+) -> None:
+    queries, corpus, ids, strings = setting()
+    write_vectors(tmp_path / "corpus.npy", corpus.split(50), dtype)
+    corpus, tie = corpus.to(getattr(torch, dtype)), tie_ranks(strings)
+    found = search(queries.to(device), VectorFile(tmp_path / "corpus.npy"), ids, tie, 10, chunk=16)
+    assert_same(found, search(queries, corpus, ids, tie, 10))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,0 +1,65 @@
+"""Numbers and names as a page shows them."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# the metrics of a first look, in this order; everything else is folded away
+SHOWN = ("ndcg@10", "recall@100", "mrr", "precision@10", "judged@10")
+FAMILIES = {
+    "ndcg": "nDCG",
+    "ndcg_exp": "nDCG (exp)",
+    "recall": "Recall",
+    "recall_capped": "Recall (capped)",
+    "precision": "Precision",
+    "mrr": "MRR",
+    "map": "MAP",
+    "hit_rate": "Hit rate",
+    "err": "ERR",
+    "judged": "Judged",
+}
+NONE = "–"
+
+
+def counts(value: float | None) -> bool:
+    """Whether there is a number: the mean over no query is null in results.json."""
+    return value is not None and not math.isnan(value)
+
+
+def number(value: float | None) -> str:
+    """.543, as on the terminal; an en dash for none."""
+    if value is None or not counts(value):
+        return NONE
+    return ("−" if value < 0 else "") + f"{abs(value):.3f}".removeprefix("0")
+
+
+def signed(value: float | None) -> str:
+    """+.021 or −.021."""
+    if value is None or not counts(value):
+        return NONE
+    return ("−" if value < 0 else "+") + number(abs(value))
+
+
+def interval(cell: Mapping[str, Any]) -> str:
+    """[.512, .574], or nothing where the cell has no interval."""
+    low, high = cell.get("low"), cell.get("high")
+    return f"[{number(low)}, {number(high)}]" if counts(low) and counts(high) else ""
+
+
+def whole(value: int) -> str:
+    """12,345."""
+    return f"{value:,}"
+
+
+def metric_title(name: str) -> str:
+    """nDCG@10 of ndcg@10; a label's share by its letter: E@10."""
+    family, at, k = name.partition("@")
+    if family.startswith("share_"):
+        return f"Share {family.removeprefix('share_').upper()}{at}{k}"
+    return f"{FAMILIES.get(family, family)}{at}{k}"
+
+
+def shown_first(names: Iterable[str]) -> list[str]:
+    """The metrics of a first look that are among the names; the first four names where none is."""
+    names = list(names)
+    return [name for name in SHOWN if name in names] or names[:4]
