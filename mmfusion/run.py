@@ -19,14 +19,14 @@ from lightning.pytorch.loggers import WandbLogger
 
 from mmfusion.batch import RetrievalData
 from mmfusion.checkpoints import BestCheckpoint, LastCheckpoint, best_of
+from mmfusion.dashboard import final_values, log_evaluation
 from mmfusion.environment import MadeWith, commit
-from mmfusion.examples import ExampleTable
 from mmfusion.loggers import Wandb, make_loggers
 from mmfusion.module import RetrievalModule
 from mmfusion.options import contract, explained, with_merged_rates
 from mmfusion.outcome import leave, metrics_of, write_trec
 from mmfusion.progress import RunProgress
-from mmfusion.retrieval.report import RESERVED, read_results, write_results
+from mmfusion.retrieval.report import read_results, write_results
 from mmfusion.stages import StageSwitch
 
 # Options of Lightning's trainer that a run of this project decides itself.
@@ -98,7 +98,7 @@ class FusionCLI(LightningCLI):
         if self.run_folder is not None:
             folder = self.run_folder / "checkpoints"
             callbacks += [BestCheckpoint(folder), LastCheckpoint(folder, self.config.checkpoint_steps)]
-            callbacks += [MadeWith(self.run_folder, self.resolved()), ExampleTable()]
+            callbacks += [MadeWith(self.run_folder, self.resolved())]
             kwargs["logger"] = make_loggers(self.run_folder, self.config_init.wandb)
         self.trainer_defaults["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
@@ -126,18 +126,16 @@ def fit_and_evaluate(cli: FusionCLI) -> None:
 
 
 def _finish(run: Path, cli: FusionCLI, results: dict[str, Any]) -> None:
-    final = {
-        f"final/{split}/{view}/{name}": cell["value"]
-        for split, views in results.items()
-        if split not in RESERVED
-        for view, metrics in views.items()
-        for name, cell in metrics.items()
-    }
+    callbacks: list[Callback] = cli.trainer.callbacks  # type: ignore[attr-defined]
+    best = next(callback for callback in callbacks if isinstance(callback, BestCheckpoint)).best_model_score
     for logger in cli.trainer.loggers:
-        logger.log_metrics(final, cli.trainer.global_step)
-        logger.finalize("success")
         if isinstance(logger, WandbLogger):
+            log_evaluation(logger.experiment, run, None if best is None else float(best))
+            logger.finalize("success")
             logger.experiment.finish()
+        else:
+            logger.log_metrics(final_values(results), cli.trainer.global_step)
+            logger.finalize("success")
     print(f"run: {run}")
 
 
