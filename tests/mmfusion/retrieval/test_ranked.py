@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mmfusion.batch import Judgments
 from mmfusion.retrieval.metrics import METRICS
-from mmfusion.retrieval.ranked import COMPARED, ranked_gains
+from mmfusion.retrieval.ranked import PLACES, ranked_gains
 from tests.mmfusion.retrieval.test_metrics import drawn, judged_of, lists
 
 
@@ -55,11 +55,21 @@ def test_ids_alike_in_their_low_bits_are_told_apart() -> None:
     np.testing.assert_array_equal(
         ranked_gains(ids, np.array([0, 1]), judgments, "relevance").shown, [[np.nan, 1, np.nan], [np.nan, 4, 3]]
     )
-    many = COMPARED // 2 + 5
+    many = PLACES // 2**7 + 5  # rows of more tables than are held at a time
     judgments = one_column(list(range(many)), list(range(many)), [1.0] * many)
     shown = ranked_gains(np.arange(many)[:, None] + [[1, 0, 2]], np.arange(many), judgments, "relevance").shown
     assert (shown[:, 1] == 1).all()
     assert np.isnan(shown[:, [0, 2]]).all()
+
+
+@pytest.mark.parametrize("stride", [1, 2**7, 2**10, 2**20, 2**31])
+def test_products_that_fall_into_one_place_are_all_found(stride: int) -> None:
+    """A hundred judged products of a query, alike in their low bits, among as many that are not judged."""
+    judged = np.arange(100) * 2 * stride
+    judgments = one_column([0] * 100, judged.tolist(), np.arange(1.0, 101).tolist())
+    order = np.random.default_rng(0).permutation(200)
+    shown = ranked_gains((order * stride)[None], np.array([0]), judgments, "relevance").shown[0]
+    np.testing.assert_array_equal(shown, np.where(order % 2 == 0, order / 2 + 1, np.nan))
 
 
 def test_the_order_of_queries_changes_nothing() -> None:
