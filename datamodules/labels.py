@@ -92,6 +92,10 @@ def _table(column: str, override: Mapping[str, float]) -> dict[str, float]:
     bad = [f"{label}: {gain}" for label, gain in worth.items() if not 0 <= gain < np.inf]
     if bad or not worth:
         raise ValueError(f"gains of {column!r}: {', '.join(bad) or 'no label'}; expected label: gain, none below 0")
+    if odd := [label for label in worth if set(label) & set("/@")]:
+        raise ValueError(
+            f"gains of {column!r}: the label {odd[0]!r} is not allowed; metrics are named by it: no / and @"
+        )
     return worth
 
 

@@ -1,9 +1,11 @@
 """Outputs of frozen encoders, kept for the run: each text and photo is encoded once, not once an epoch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any, cast
 
+import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
@@ -11,11 +13,12 @@ from torch import Tensor, nn
 from mmfusion.batch import ProductBatch, QueryBatch
 from mmfusion.encoders import Encoded, ImageEncoder, TextEncoder
 from mmfusion.encoders.augment import splitmix64
-from mmfusion.encoders.text import TokenIds, steps
+from mmfusion.encoders.text import steps
 from mmfusion.ranks import checksum
 from mmfusion.towers import ProductTower, QueryTower, View
 
-Key = str | int | TokenIds
+Key = str | int | bytes
+TOKEN = np.dtype(np.int32)
 ROWS = 64  # rows that an encoder is given at a time, so that what it gives does not depend on the batch around
 
 
@@ -84,7 +87,7 @@ class FeatureMemo:
         rows = list(first.values())
         places: dict[int, list[int]] = {}
         for place, content in enumerate(first):
-            places.setdefault(steps(len(content)) if isinstance(content, tuple) else 0, []).append(place)
+            places.setdefault(steps(_length(content)), []).append(place)
         groups = [group[i : i + ROWS] for group in places.values() for i in range(0, len(group), ROWS)]
         parts = []
         for group in groups:
@@ -135,6 +138,29 @@ class FeatureMemo:
         self.slot.update(zip(keys, range(count, needed), strict=True))
         self.kept, self.count = kept, needed
         return True
+
+
+def in_parts(encoded: dict[str, Encoded], count: int) -> Iterator[tuple[dict[str, Encoded], Tensor, int]]:
+    """ROWS rows at a time, the last ones filled up: the part, which rows these are, how many of them count.
+
+    In evaluation all that comes after the encoders goes through this too: what a product gets must depend neither on
+    its neighbours nor on its place in a batch of any size, to the last bit, or equal products would not tie.
+    """
+    for start in range(0, count, ROWS):
+        rows = [*range(start, min(start + ROWS, count))]
+        filled = rows + rows[:1] * (ROWS - len(rows))
+        part = {name: _pick(of_modality, filled) for name, of_modality in encoded.items()}
+        yield part, torch.tensor(filled), len(rows)
+
+
+def token_keys(encoder: TextEncoder, texts: list[str]) -> list[Key]:
+    """The tokens of each text, in little memory."""
+    return [np.array(ids, TOKEN).tobytes() for ids in encoder.token_ids(texts)]
+
+
+def _length(content: Key) -> int:
+    """Tokens of a text; a photo has none."""
+    return len(content) // TOKEN.itemsize if isinstance(content, bytes) else 0
 
 
 def photo_keys(photo: UInt8[Tensor, "product 3 height width"]) -> list[Key]:
@@ -189,10 +215,14 @@ class Features:
 
     def queries(self, batch: QueryBatch) -> Float[Tensor, "query dim"]:
         """Unit vectors of queries."""
-        return self.query.project(self._texts(self.query.encoder, batch.text)).pooled
+        encoded = self._texts(self.query.encoder, batch.text)
+        if self.query.training:
+            return self.query.project(encoded).pooled
+        parts = in_parts({"query": encoded}, len(batch.text))
+        return torch.cat([self.query.project(part["query"]).pooled[:rows] for part, _, rows in parts])
 
     def products(self, batch: ProductBatch, names: set[str]) -> dict[str, Encoded]:
-        """The modalities `names` in the shared space."""
+        """What the encoders give for the modalities `names`."""
         encoded = {}
         if "text" in names:
             encoded["text"] = self._texts(cast(View, self.product.text).encoder, batch.text)
@@ -202,10 +232,10 @@ class Features:
             encoded["image"] = self.memos[image](
                 image, keys or range(len(batch.photo)), lambda rows: image(batch.photo[rows], batch.draw[rows])
             )
-        return self.product.project(encoded)
+        return encoded
 
     def _texts(self, encoder: TextEncoder | ImageEncoder, texts: list[str]) -> Encoded:
-        contents = cast(TextEncoder, encoder).token_ids
+        contents = partial(token_keys, cast(TextEncoder, encoder))
         return self.memos[encoder](encoder, texts, lambda rows: encoder([texts[i] for i in rows]), contents)
 
     def sync(self) -> None:

@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -15,15 +16,16 @@ from torch import Tensor, nn
 
 from mmfusion import optim as optimisation
 from mmfusion.batch import ProductBatch, QueryBatch, RetrievalData, TupleBatch
-from mmfusion.encoders import ImageEncoder, ScratchTextEncoder, TextEncoder
+from mmfusion.encoders import Encoded, ImageEncoder, ScratchTextEncoder, TextEncoder
 from mmfusion.encoders.augment import uniforms
-from mmfusion.features import Features
+from mmfusion.features import Features, in_parts
 from mmfusion.fusion import FusionHead, Gated
 from mmfusion.losses import InfoNCE, Loss, Pairs, identity_pairs, match_pairs
 from mmfusion.optim import Optim
 from mmfusion.reach import TERM_VIEWS, reached, sides
 from mmfusion.retrieval.evaluation import VALIDATION, Evaluation, ViewResult, add_baselines, measured
 from mmfusion.retrieval.ranking import Collector, rank_corpus
+from mmfusion.retrieval.slices import find_columns
 from mmfusion.retrieval.topk import tie_ranks
 from mmfusion.stages import Group, Stage, StagedModule, StagePlan
 from mmfusion.towers import MODALITIES, ProductTower, QueryTower, View
@@ -153,6 +155,7 @@ class RetrievalModule(StagedModule):
                 )
 
     def setup(self, stage: str) -> None:
+        find_columns(self.data, self.evaluation.slices)  # a wrong name is told before training, not after
         views = filter(None, (self.query, self.product.text, self.product.image))
         encoders = list(dict.fromkeys(cast(TextEncoder | ImageEncoder, view.encoder) for view in views))
         for encoder in encoders:
@@ -211,11 +214,25 @@ class RetrievalModule(StagedModule):
 
     def views(self, batch: ProductBatch, names: set[str]) -> dict[str, Float[Tensor, "product dim"]]:
         """The product views `names` as unit vectors; in training the fused view may miss a modality (dropout)."""
-        projected = self.features.products(batch, set(MODALITIES) if "fused" in names else names)
-        visible = self._visible(batch) if self.training else batch.present
+        encoded = self.features.products(batch, set(MODALITIES) if "fused" in names else names)
+        if not self.training:
+            return self._evaluated_views(encoded, batch.present, names)
+        projected, visible = self.product.project(encoded), self._visible(batch)
         if "fused" in names and self._logs_now():
             self._log_gates(projected, visible)
         return self.product.vectors(projected, names, batch.present, visible)
+
+    def _evaluated_views(
+        self, encoded: dict[str, Encoded], present: Bool[Tensor, "product 2"], names: set[str]
+    ) -> dict[str, Float[Tensor, "product dim"]]:
+        parts = [
+            {
+                view: rows[:count]
+                for view, rows in self.product.vectors(self.product.project(part), names, present[index]).items()
+            }
+            for part, index, count in in_parts(encoded, len(present))
+        ]
+        return {view: torch.cat([part[view] for part in parts]) for view in parts[0]}
 
     def _visible(self, batch: ProductBatch) -> Bool[Tensor, "product 2"]:
         """What is there, less what modality dropout hides: of two modalities one, never the only one."""
@@ -307,8 +324,11 @@ class RetrievalModule(StagedModule):
             vectors = {"query": self.features.queries(batch)}
         else:
             vectors = self.views(batch, set(self.product.views))
+        folder = self.evaluation.vectors if isinstance(batch, ProductBatch) else None
         for view, rows in vectors.items():
-            collectors.setdefault(view, Collector()).add(rows, batch.id, batch.valid)
+            if view not in collectors:
+                collectors[view] = Collector(Path(folder) if folder else None)
+            collectors[view].add(rows, batch.id, batch.valid)
 
     def on_validation_epoch_end(self) -> None:
         # validation decides which checkpoint is best: means do, and their intervals would be thrown away

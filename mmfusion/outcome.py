@@ -32,13 +32,14 @@ def leave(
     results: dict[str, Any] = {
         split: (before or {}).get(split, {}) | views for split, views in metrics_of(model).items()
     }
-    results |= breakdown(model.results, data, model.evaluation, [*model.product.views, "bm25"])
     results["run"] = about | {
         "primary": model.primary,
         "left_out": _left_out(model),
         "hybrid_weight": model.hybrid_weight,
         "evaluation": {name: getattr(model.evaluation, name) for name in PROTOCOL},
     }
+    write_results(folder / "results.json", results)  # the numbers first: what explains them may fail, or take long
+    results |= breakdown(model.results, data, model.evaluation, [*model.product.views, "bm25"])
     write_results(folder / "results.json", results)
     records.write(folder, model.results, model.primary, data, model.evaluation.photos_mib)
     report = write_report(folder)

@@ -5,7 +5,7 @@ import dataclasses
 import shutil
 import warnings
 from argparse import ArgumentError
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ def fit_and_evaluate(cli: FusionCLI) -> None:
     cli.trainer.test(model, cli.datamodule, ckpt_path=str(checkpoint), weights_only=True, verbose=False)
     if cli.trainer.is_global_zero:
         before = read_results(run / ZERO_SHOT) if model.zero_shot and (run / ZERO_SHOT).is_file() else {}
-        results = leave(run, model, cli.datamodule, _about(cli, checkpoint, made_by), before)
+        results = leave(run, model, cli.datamodule, _about(cli, run, checkpoint, made_by), before)
         _finish(run, cli, results)
 
 
@@ -139,12 +139,17 @@ def _finish(run: Path, cli: FusionCLI, results: dict[str, Any]) -> None:
     print(f"run: {run}")
 
 
-def _about(cli: FusionCLI, checkpoint: Path, made_by: str | None) -> dict[str, Any]:
+def _about(
+    cli: FusionCLI, run: Path, checkpoint: Path, made_by: str | None, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The key `run` of results.json. overrides: options that an evaluation was given besides the run's own."""
     return {
+        "folder": str(run.resolve()),
+        "overrides": list(overrides),
         "seed": cli.config.seed_everything,
         "commit": made_by,
         "manifest": cli.datamodule.manifest_hash,
-        "data": str(cli.datamodule.path),
+        "data": str(Path(cli.datamodule.path).resolve()),
         "checkpoint": str(checkpoint),
         "gains": cli.datamodule.gains,
     }
@@ -185,6 +190,9 @@ def evaluate_run(
 
     trec: folder for run and qrels files that trec_eval reads.
     """
+    for name, folder in (("OUT", out), ("--trec", trec)):
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise ValueError(f"{name}={folder} is a file; expected a folder, new or old")
     config, checkpoint = _config_of(run), best_of(run)
     overrides = [f"--data.init_args.test_splits=[{split}]"] + ([f"--data.init_args.path={data}"] if data else [])
     cli = FusionCLI.parse([f"--config={config}", *overrides, *rest], None)
@@ -192,7 +200,7 @@ def evaluate_run(
     cli.trainer.test(cli.model, cli.datamodule, ckpt_path=str(checkpoint), weights_only=True, verbose=False)
     if cli.trainer.is_global_zero:
         folder = out or run / "eval" / f"{cli.datamodule.manifest_hash[:12]}-{split}"
-        leave(folder, cli.model, cli.datamodule, _about(cli, checkpoint, commit()))
+        leave(folder, cli.model, cli.datamodule, _about(cli, run, checkpoint, commit(), rest))
         if trec is not None:
             write_trec(trec, cli.model.results, cli.datamodule)
         print(f"results: {folder / 'results.json'}")
@@ -213,12 +221,12 @@ def _hybrid_weight(run: Path) -> float | None:
 
 def data_of(run: Path) -> RetrievalData:
     """The data that a run, or an evaluation under its eval/, was evaluated on. Raises ValueError where it changed."""
-    home = run.resolve().parents[1] if run.resolve().parent.name == "eval" else run
     about = read_results(run / "results.json")["run"]
+    home = Path(about["folder"])
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningDataModule, "data")
     config = yaml.safe_load(_config_of(home).read_text(encoding="utf-8"))["data"]
-    config["init_args"]["path"] = about["data"]
+    config["init_args"] |= {"path": about["data"], "test_splits": None}
     data = parser.instantiate_classes(parser.parse_object({"data": config})).data
     data.setup("test")
     if data.manifest_hash != about["manifest"]:

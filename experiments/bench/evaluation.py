@@ -16,7 +16,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mmfusion.batch import Judgments
+from mmfusion.retrieval.evaluation import Evaluation
 from mmfusion.retrieval.metrics import parse_metric, ranked_gains
 from mmfusion.retrieval.topk import TopK, search, tie_ranks
 from mmfusion.retrieval.vectors import VectorFile, write_vectors
@@ -116,9 +117,9 @@ def our_search(data: Data) -> TopK:
     return search(data.queries, data.products, torch.arange(len(data.products)), data.tie, K)
 
 
-def our_metrics(data: Data, top: TopK) -> dict[str, float]:
+def our_metrics(data: Data, top: TopK, names: Sequence[str] = METRICS) -> dict[str, float]:
     ranked = ranked_gains(top.ids.numpy(), np.arange(len(data.queries)), data.judgments, "relevance")
-    return {name: float(np.nanmean(parse_metric(name, K, GAINS)(ranked))) for name in METRICS}
+    return {name: float(np.nanmean(parse_metric(name, K, GAINS)(ranked))) for name in names}
 
 
 def faiss_search(data: Data) -> Callable[[], np.ndarray]:
@@ -207,13 +208,14 @@ def torchmetrics_metrics(data: Data, top: TopK) -> Callable[[], dict[str, float]
 def compare_in_memory(data: Data, table: Table) -> None:
     """One row per peer."""
     faiss, evaluator = faiss_search(data), Evaluator(data)
+    everything = Evaluation(depth=K).names(GAINS)
     names = "search", "faiss", "whole", "evaluator", "metrics", "evaluator's", "torchmetrics"
     runs = {name: Runs() for name in names}
     for repeat in range(REPEATS):
         said(f"repeat {repeat + 1} of {REPEATS}: search and metrics in memory")
         theirs = runs["faiss"].run(faiss)
         top = runs["search"].run(lambda: our_search(data))
-        runs["whole"].run(lambda: our_metrics(data, our_search(data)))
+        runs["whole"].run(lambda: our_metrics(data, our_search(data), everything))
         runs["evaluator"].run(evaluator.whole)
     same = np.mean([len(np.intersect1d(*lists)) for lists in zip(theirs, top.ids.numpy(), strict=True)]) / K
     said(f"{same:.4%} of our products are faiss's")

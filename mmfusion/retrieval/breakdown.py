@@ -23,12 +23,17 @@ def slices(views: Mapping[str, ViewResult], judgments: Judgments, data: Retrieva
     query_ids = next(iter(views.values())).query_ids
     for name, labels in query_slices(data, query_ids, query_columns).items():
         for view, result in views.items():
-            main = {metric: result.per_query[metric] for metric in result.per_query if metric.split("/")[-1] in MAIN}
-            _file(found, name, view, slice_by_query(main, labels, resamples=options.resamples))
+            _file(found, name, view, slice_by_query(_main(result), labels, resamples=options.resamples))
     for name, labels in product_slices(data, product_columns).items():
         for view, result in views.items():
             _file(found, name, view, _by_product(result, judgments, labels, options))
     return found
+
+
+def _main(result: ViewResult) -> dict[str, np.ndarray]:
+    """The metrics of MAIN, or where none of them was measured the first one."""
+    names = [name for name in result.per_query if name.rpartition("/")[2] in MAIN] or list(result.per_query)[:1]
+    return {name: result.per_query[name] for name in names}
 
 
 def _by_product(result: ViewResult, judgments: Judgments, labels: np.ndarray, options: Evaluation) -> dict[str, Any]:

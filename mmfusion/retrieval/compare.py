@@ -1,5 +1,6 @@
 """Runs side by side on the terminal."""
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,8 +32,9 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
 def _print_tests(tests: Sequence[Paired], console: Console) -> None:
     if not tests:
         return
-    together = f", p by Holm's method for {len(tests)} tests" if len(tests) > 1 else ""
-    _print(f"against {tests[0].baseline}, query by query{together}", console)
+    _print(f"against {tests[0].baseline}, query by query", console)
+    if len(tests) > 1:
+        _print(f"p by Holm's method for {len(tests)} tests; intervals are of each test alone, not corrected", console)
     for column in dict.fromkeys(test.metric.rpartition("/")[0] for test in tests):
         own = [test for test in tests if test.metric.rpartition("/")[0] == column]
         counts = sorted({test.queries for test in own})
@@ -57,13 +59,13 @@ def _print_queries(values: QueryValues, console: Console) -> None:
             table.add_row(Text(title if rows else f"{title} no query", style="bold"))
             for row in rows:
                 numbers = (_number(values.values[run][row]) for run in (baseline, letter))
-                table.add_row(Text(f"  {values.queries[row]}"), *numbers)
+                table.add_row(Text(f"  {_visible(values.queries[row])}"), *numbers)
         console.print(table)
 
 
 def _print_differences(rows: Mapping[str, Sequence[Any]], names: Sequence[str], console: Console) -> None:
     if not rows:
-        console.print("Their configurations do not differ.")
+        console.print("Their configurations, as far as they are known, do not differ.")
         return
     table = Table(box=None, pad_edge=False)
     for header in ("what differs", *names):
@@ -71,6 +73,11 @@ def _print_differences(rows: Mapping[str, Sequence[Any]], names: Sequence[str], 
     for key, values in rows.items():
         table.add_row(Text(key), *(Text("-" if value is None else str(value)) for value in values))
     console.print(table)
+
+
+def _visible(text: str) -> str:
+    """On one line, without control characters: what somebody typed into a search box must not steer the terminal."""
+    return "".join(char for char in " ".join(text.split()) if unicodedata.category(char) != "Cc")
 
 
 def _number(value: float) -> Text:

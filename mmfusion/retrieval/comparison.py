@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from mmfusion.batch import RetrievalData
 from mmfusion.retrieval.report import SHOWN, in_column, label_columns, splits
-from mmfusion.retrieval.side import Side, differences, from_file, from_folder, home, named, results_of
+from mmfusion.retrieval.side import OVERRIDES, Side, differences, from_file, from_folder, home, named, results_of
 from mmfusion.retrieval.significance import Paired, corrected, paired
 
 LoadData = Callable[[Path], RetrievalData]  # of a run folder: the data that it was evaluated on
@@ -98,7 +98,13 @@ def compare_runs(runs: Sequence[Path], split: str | None = None, load_data: Load
         per_query=_query_values(alike),
         differences=differences({side.letter: side.made for side in folders.values()}),
         configured=[side.letter for side in folders.values()],
-        notes=[*notes, *_about_data(sides), *_about_tests(tests)],
+        notes=[
+            *notes,
+            *_about_data(sides, split),
+            *_about_protocols(sides, split),
+            *_about_settings(sides),
+            *_about_tests(tests),
+        ],
     )
 
 
@@ -138,9 +144,14 @@ def _sections(sides: Sequence[Side]) -> dict[str, dict[str, dict[str, Any]]]:
 
 def _comparable(sides: Sequence[Side]) -> list[Side]:
     """The baseline and the runs whose queries can be paired with its own; nothing where it has no values per query."""
-    if sides[0].measured is None:
+    first = sides[0]
+    if first.measured is None:
         return []
-    return [side for side in sides if side.measured is not None and side.manifest == sides[0].manifest]
+    return [
+        side
+        for side in sides
+        if side.measured is not None and (side.manifest, side.protocol) == (first.manifest, first.protocol)
+    ]
 
 
 def _tests(baseline: Side, side: Side) -> list[Paired]:
@@ -176,16 +187,55 @@ def _query_values(alike: Sequence[Side]) -> QueryValues | None:
     return QueryValues(common[0], baseline.query_ids, baseline.queries, values)
 
 
-def _about_data(sides: Sequence[Side]) -> list[str]:
+def _about_data(sides: Sequence[Side], split: str) -> list[str]:
     notes = []
     if len({side.manifest for side in sides}) > 1:
         notes.append("These runs were evaluated on different data: their numbers do not compare.")
     older = [side for side in sides if side.measured is None]
     if older and len(sides) > 1:
-        commands = ", ".join(f"`make eval RUN={home(side.path)}`" for side in older)
+        commands = ", ".join(_evaluation(side, split) for side in older)
         letters = ", ".join(side.letter for side in older)
-        notes.append(f"No values per query in {letters}: for paired tests, {commands}, then compare the new folders.")
+        notes.append(
+            f"No values per query in {letters}: for paired tests, {commands} and compare the new folders; only a run "
+            "that this version trained can be evaluated again, so train an older one again."
+        )
     return notes
+
+
+def _about_protocols(sides: Sequence[Side], split: str) -> list[str]:
+    """About each run that was not measured as the baseline was, and how to measure it so."""
+    first, *others = sides
+    notes = []
+    for side in others:
+        differ = {name: (side.protocol[name], wanted) for name, wanted in first.protocol.items()}
+        differ = {name: (given, wanted) for name, (given, wanted) in differ.items() if given != wanted}
+        if differ:
+            said = ", ".join(f"{name} is {given}, not {wanted}" for name, (given, wanted) in differ.items())
+            options = [f"--model.evaluation.{name}={wanted}" for name, (_, wanted) in differ.items()]
+            notes.append(
+                f"{side.letter} was measured otherwise than {first.letter} ({said}): their numbers do not compare and "
+                f"are not tested; {_evaluation(side, split, options)}, then compare the new folder."
+            )
+    return notes
+
+
+def _evaluation(side: Side, split: str, options: Sequence[str] = ()) -> str:
+    """The command that evaluates a run as it was, but with these options."""
+    own, data = home(side.path), side.made.get("run.data")
+    command = f"make eval RUN={own}"
+    if data and side.path.resolve() != own:
+        command += f" DATA={data}"
+    if split != "test":
+        command += f" SPLIT={split}"
+    arguments = " ".join([*filter(None, [side.made.get(OVERRIDES)]), *options])
+    return f'`{command} ARGS="{arguments}"`' if arguments else f"`{command}`"
+
+
+def _about_settings(sides: Sequence[Side]) -> list[str]:
+    unknown = [f"{side.letter} ({home(side.path)})" for side in sides if side.path.is_dir() and not side.configured]
+    if not unknown or len(sides) == 1:
+        return []
+    return [f"No config.yaml of {', '.join(unknown)}: the settings it was trained with are not among what differs."]
 
 
 def _about_tests(tests: Sequence[Paired]) -> list[str]:

@@ -33,12 +33,14 @@ class Evaluation:
         depth: products retrieved per query; mrr and map count what lies deeper as not found
         no_positive: a query for which a metric is not defined: skip leaves it out of the mean, zero counts it as 0
         unjudged: what a retrieved product counts that nobody judged: zero is gain 0, condensed takes it off the list
-        baselines: rows for BM25, random order and hybrids of BM25 with the primary view
+            (slices by product are always of the whole lists)
+        baselines: rows for BM25, random order and hybrids of BM25 with the primary view; every rank holds an index of
+            all texts
         slices: columns of queries or of products to slice by, besides the built-in ones
         resamples: draws of the bootstrap intervals
         chunk: products whose scores are held at a time
         vectors: folder for the corpus' vectors when they do not fit into memory; without, they stay there
-        photos_mib: thumbnails that a report may hold
+        photos_mib: room for thumbnails in products.parquet, of all splits together
     """
 
     metrics: list[str] = field(default_factory=lambda: list(TEST))
@@ -67,11 +69,11 @@ class Evaluation:
         return list(dict.fromkeys(name for given in self.metrics for name in self._expanded(given, labels)))
 
     def _expanded(self, name: str, labels: Mapping[str, float]) -> list[str]:
-        family, _, k = name.partition("@")
-        if family == "share":
-            return [f"{share}@{k}" for share in shares(labels)]
-        parse_metric(name, self.depth, labels)
-        return [name]
+        family = name.partition("@")[0]
+        names = [name.replace(family, share, 1) for share in shares(labels)] if family == "share" else [name]
+        for one in names:
+            parse_metric(one, self.depth, labels)
+        return names
 
 
 @dataclass
@@ -120,7 +122,6 @@ def add_baselines(
     tie: Int[Tensor, "catalogue"],
     options: Evaluation,
     weight: float | None,
-    seed: int = 0,
 ) -> float | None:
     """Adds the rows of BASELINES to each split's views, and returns the weight of BM25 in hybrid_sum.
 
@@ -138,7 +139,7 @@ def add_baselines(
         ours, words = views[primary], lexical[split].top
         tops = {
             "bm25": words,
-            "random": random_ranking(ours.query_ids, len(tie), options.depth, seed),
+            "random": random_ranking(ours.query_ids, len(tie), options.depth, seed=0),
             "hybrid_rrf": reciprocal_rank_fusion([words, ours.top], tie, options.depth),
         }
         if weight is not None:

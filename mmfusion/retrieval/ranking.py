@@ -6,6 +6,8 @@ with the same lists, which are those of one process.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 import numpy as np
@@ -15,15 +17,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmfusion.retrieval.topk import TopK, merge, search
+from mmfusion.retrieval.vectors import VectorFile, VectorWriter
 
 T = TypeVar("T")
+BLOCK = 2048  # queries whose lists travel between ranks at a time
 
 
 @dataclass
 class Rows:
-    """Vectors of queries or of products with their dense ids."""
+    """Vectors of queries or of products with their dense ids; those of a corpus may be in a file."""
 
-    vectors: Float[Tensor, "row dim"]
+    vectors: Float[Tensor, "row dim"] | VectorFile
     ids: Int[Tensor, "row"]
 
 
@@ -36,19 +40,31 @@ class Ranking:
 
 
 class Collector:
-    """Gathers the vectors of one view batch by batch, without the rows that only pad a batch."""
+    """Gathers the vectors of one view batch by batch, without the rows that only pad a batch.
 
-    def __init__(self) -> None:
+    folder: where they wait when they do not fit into memory, in a file that is removed with this process at the latest.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
         self._vectors: list[Tensor] = []
         self._ids: list[Tensor] = []
+        self._writer: VectorWriter | None = None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._folder = TemporaryDirectory(prefix="corpus-", dir=folder)
+            self._writer = VectorWriter(Path(self._folder.name) / "vectors.npy")
 
     def add(self, vectors: Float[Tensor, "row dim"], ids: Int[Tensor, "row"], valid: Bool[Tensor, "row"]) -> None:
-        self._vectors.append(vectors.detach()[valid])
         self._ids.append(ids[valid])
+        if self._writer:
+            self._writer.add(vectors[valid])
+        else:
+            self._vectors.append(vectors.detach()[valid])
 
     def rows(self) -> Rows:
-        assert self._vectors, "no batch was collected"
-        return Rows(torch.cat(self._vectors), torch.cat(self._ids))
+        """To be called once. What is in a file can be read for as long as somebody holds it."""
+        assert self._ids, "no batch was collected"
+        return Rows(self._writer.close() if self._writer else torch.cat(self._vectors), torch.cat(self._ids))
 
 
 def rank_corpus(
@@ -58,19 +74,25 @@ def rank_corpus(
     depth: int,
     *,
     chunk: int = 16_384,
-    device: torch.device | None = None,
 ) -> Ranking:
     """The `depth` best products of the corpus for every query.
 
     queries, corpus: this rank's rows; an id that came up several times, on whatever ranks, counts once.
-    tie: `tie_ranks` of the catalogue. chunk, device: of the search; the default device is that of the corpus.
+    tie: `tie_ranks` of the catalogue. chunk: products searched at a time. The search runs where the queries are.
     """
+    device = queries.vectors.device
     queries, corpus = _all_queries(queries), _own_products(corpus)
-    found = search(
-        queries.vectors.to(device or corpus.vectors.device), corpus.vectors, corpus.ids, tie, depth, chunk=chunk
-    )
-    parts = gathered(TopK(found.scores.cpu(), found.ids.cpu()))
-    return Ranking(queries.ids.numpy(), merge(parts, tie.cpu(), depth))
+    found = search(queries.vectors[:].to(device), corpus.vectors, corpus.ids, tie, depth, chunk=chunk)
+    return Ranking(queries.ids.numpy(), _merged(TopK(found.scores.cpu(), found.ids.cpu()), tie.cpu(), depth))
+
+
+def _merged(found: TopK, tie: Int[Tensor, "catalogue"], depth: int) -> TopK:
+    """The lists of all ranks as one each, BLOCK queries at a time: what ranks send each other is bounded by that."""
+    blocks = [
+        merge(gathered(TopK(scores.clone(), ids.clone())), tie, depth)
+        for scores, ids in zip(found.scores.split(BLOCK), found.ids.split(BLOCK), strict=True)
+    ]
+    return TopK(torch.cat([block.scores for block in blocks]), torch.cat([block.ids for block in blocks]))
 
 
 def joined(parts: Sequence[Ranking]) -> Ranking:
@@ -83,9 +105,9 @@ def joined(parts: Sequence[Ranking]) -> Ranking:
 
 def _all_queries(queries: Rows) -> Rows:
     """The queries of all ranks, each id once, in ascending order, on the CPU."""
-    parts = gathered(Rows(queries.vectors.cpu().clone(), queries.ids.cpu().clone()))
+    parts = gathered(Rows(queries.vectors[:].cpu().clone(), queries.ids.cpu().clone()))
     ids, first = np.unique(torch.cat([part.ids for part in parts]).numpy(), return_index=True)
-    return Rows(torch.cat([part.vectors for part in parts])[first], torch.from_numpy(ids))
+    return Rows(torch.cat([part.vectors[:] for part in parts])[first], torch.from_numpy(ids))
 
 
 def _own_products(corpus: Rows) -> Rows:

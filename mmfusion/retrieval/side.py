@@ -8,13 +8,12 @@ from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import yaml
 from jaxtyping import Float
 
 from mmfusion.batch import RetrievalData
 from mmfusion.retrieval.evaluation import Evaluation, mean_with_interval
-from mmfusion.retrieval.records import read as read_records
 from mmfusion.retrieval.report import primary_view, read_results, splits
 from mmfusion.retrieval.run_file import Measured, measure_run_file
 
@@ -22,6 +21,9 @@ from mmfusion.retrieval.run_file import Measured, measure_run_file
 UNTOLD = re.compile(
     r"experiment|runs|resume|wandb(\..*)?|trainer\.(logger|default_root_dir)(\..*)?|.*\.(save_dir|dirpath)"
 )
+UNTOLD_FACTS = ("folder", "checkpoint", "overrides")  # overrides are told under a key of their own
+OVERRIDES = "eval overrides"
+PROTOCOL = ("depth", "no_positive", "unjudged")  # options of Evaluation that change what a query's value is
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,17 @@ class Side:
         """Of the data that the run was evaluated on."""
         return self.made.get("run.manifest")
 
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """The options that its numbers were measured by, each of PROTOCOL."""
+        options = _protocol(self.made)
+        return {name: getattr(options, name) for name in PROTOCOL}
+
+    @property
+    def configured(self) -> bool:
+        """Whether it is known how the run was trained."""
+        return _configured(self.made)
+
     def aligned(self, metric: str, query_ids: Sequence[str]) -> Float[np.ndarray, "query"]:
         """The values of these queries; NaN where there is none."""
         assert self.measured is not None
@@ -69,8 +82,15 @@ def _title(run: Path) -> str:
 
 
 def home(run: Path) -> Path:
-    """The run's own folder runs/<exp>/<version>, of an evaluation under its eval/ too."""
+    """The run's own folder runs/<exp>/<version>, which holds its config.yaml; of an evaluation, wherever it is, too.
+
+    An evaluation tells it in its results. Where that is no run any more, or is not told, it is found by its place.
+    """
     run = run.resolve()
+    if not (run / "config.yaml").is_file() and (run / "results.json").is_file():
+        told = read_results(run / "results.json").get("run", {}).get("folder")
+        if told and (Path(told) / "config.yaml").is_file():
+            return Path(told)
     return run.parents[1] if run.parent.name == "eval" else run
 
 
@@ -93,16 +113,18 @@ def _made(run: Path, result: Mapping[str, Any]) -> dict[str, Any]:
     """How a run was made: its config.yaml, where there is one, and the results' own key `run`."""
     config = home(run) / "config.yaml"
     settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    facts = {key: value for key, value in result.get("run", {}).items() if key != "checkpoint"}
-    return {**flattened(settings), **flattened({"run": facts})}
+    about = result.get("run", {})
+    facts = {key: value for key, value in about.items() if key not in UNTOLD_FACTS}
+    overrides = " ".join(about.get("overrides", []))
+    return flattened(settings) | flattened({"run": facts}) | ({OVERRIDES: overrides} if overrides else {})
 
 
 def _recorded(run: Path, split: str, view: str) -> Measured | None:
     """The view's values per query; None where the run was evaluated before they were kept."""
-    if not (run / "per_query.parquet").is_file():
+    path = run / "per_query.parquet"
+    if not path.is_file():
         return None
-    table = read_records(run).per_query
-    table = table.filter((pc.field("split") == split) & (pc.field("view") == view))
+    table = pq.read_table(path, filters=[("split", "==", split), ("view", "==", view)])
     if not len(table):
         return None
     metrics = [name for name in table.column_names if name not in ("split", "view", "query_id", "query")]
@@ -116,7 +138,7 @@ def from_file(name: str, path: Path, first: Side, data: RetrievalData, split: st
     queries = dict(zip(first.measured.query_ids, first.measured.queries, strict=True)) if first.measured else {}
     measured, said = measure_run_file(path, data, split, list(first.views[first.view]), options, queries)
     cells = {metric: mean_with_interval(values, options.resamples) for metric, values in measured.values.items()}
-    made = {"run.manifest": first.manifest}
+    made = flattened({"run": {"manifest": first.manifest, "evaluation": first.protocol}})
     return Side(name, path, first.view, {first.view: cells}, made, measured), said
 
 
@@ -131,10 +153,26 @@ def _protocol(made: Mapping[str, Any]) -> Evaluation:
 
 
 def differences(made: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """The dotted keys whose values differ, each with the runs' values in order; None where a run has no such key."""
+    """The dotted keys whose values differ, each with the runs' values in order; None where a run has no such key.
+
+    In a setting, runs of which no setting is known do not differ from the others.
+    """
     keys = dict.fromkeys(key for settings in made.values() for key in settings if not UNTOLD.fullmatch(key))
-    rows = {key: [settings.get(key) for settings in made.values()] for key in keys}
-    return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
+    rows = {}
+    for key in keys:
+        known = [settings.get(key) for settings in made.values() if _is_fact(key) or _configured(settings)]
+        if any(value != known[0] for value in known):
+            rows[key] = [settings.get(key) for settings in made.values()]
+    return rows
+
+
+def _configured(made: Mapping[str, Any]) -> bool:
+    return not all(map(_is_fact, made))
+
+
+def _is_fact(key: str) -> bool:
+    """Whether a key of `made` comes from the results; the others are settings of config.yaml."""
+    return key == OVERRIDES or key.startswith("run.")
 
 
 def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -102,14 +102,15 @@ class Paired:
         """One line with the corrected p, such as "B is better by .021 [.012, .030], p = .0004"."""
         p = f"p {_p(self.p_holm)}"
         if not self.significant:
-            found = f"{'+' if self.difference > 0 else ''}{_number(self.difference)}"
-            interval = f"[{_number(self.low)}, {_number(self.high)}]"
-            return f"{self.run} and {self.baseline} do not differ significantly: {found} {interval}, {p}"
+            found = f"{'+' if self.difference > 0 else ''}{_number(self.difference)} {_interval(self.low, self.high)}"
+            return f"{self.run} and {self.baseline} do not differ significantly: {found}, {p}"
         if self.difference > 0:
-            return (
-                f"{self.run} is better by {_number(self.difference)} [{_number(self.low)}, {_number(self.high)}], {p}"
-            )
-        return f"{self.run} is worse by {_number(-self.difference)} [{_number(-self.high)}, {_number(-self.low)}], {p}"
+            found = f"better by {_number(self.difference)} {_interval(self.low, self.high)}, {p}"
+        else:
+            found = f"worse by {_number(-self.difference)} {_interval(-self.high, -self.low)}, {p}"
+        if self.low <= 0 <= self.high:
+            return f"{self.run} is probably {found}, but the interval includes 0"
+        return f"{self.run} is {found}"
 
 
 def paired(
@@ -140,6 +141,10 @@ def corrected(tests: Sequence[Paired]) -> list[Paired]:
     return [replace(test, p_holm=float(value)) for test, value in zip(tests, p, strict=True)]
 
 
+def _interval(low: float, high: float) -> str:
+    return f"[{_number(low)}, {_number(high)}]"
+
+
 def _number(value: float) -> str:
     """.021 and -.021, without the zero in front."""
     digits = f"{abs(value):.3f}"
@@ -147,7 +152,9 @@ def _number(value: float) -> str:
 
 
 def _p(value: float) -> str:
-    """= .41, = .012, = .0004 or < .0001."""
+    """= .41, = .012, = .0004 or < .0001, with as many digits as tell on which side of .05 it is."""
     if value < 0.0001:
         return "< .0001"
-    return f"= {value:.{1 if value < 0.001 else 2}g}".replace("0.", ".", 1)
+    rounded = (f"{value:.{digits}g}" for digits in range(1 if value < 0.001 else 2, 18))
+    text = next(text for text in rounded if (float(text) < SIGNIFICANT) == (value < SIGNIFICANT))
+    return f"= {text.removeprefix('0')}"

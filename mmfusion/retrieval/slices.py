@@ -17,7 +17,7 @@ from mmfusion.retrieval.metrics import parse_metric, ranked_gains
 from mmfusion.retrieval.significance import bootstrap_interval
 
 OF_QUERIES = ("query_words", "query_seen", "rarest_word")
-OF_PRODUCTS = ("train_positives", "title_words", "photo")
+OF_PRODUCTS = ("train_positives", "text_words", "photo")
 MOST_VALUES = 20  # of a column; a column with more keeps all but one of these, and OTHER
 OTHER, NONE = "other", "(none)"
 
@@ -67,12 +67,13 @@ def query_slices(
 def product_slices(data: RetrievalData, columns: Sequence[str]) -> dict[str, np.ndarray]:
     """The value of every product of the catalogue in every slice.
 
-    train_positives: train queries that it is a positive of. title_words: of its text. columns: of `find_columns`.
+    train_positives: train queries that it is a positive of. text_words: of the text that the tower is given.
+    columns: of `find_columns`.
     """
     words = np.array([len(text.split()) for text in data.product_texts()])
     found = {
         "train_positives": _binned(data.train_positives(), {1: "0 (cold start)", 5: "1-4"}, "5+"),
-        "title_words": _binned(words, {1: "0", 4: "1-3", 7: "4-6"}, "7+"),
+        "text_words": _binned(words, {1: "0", 4: "1-3", 7: "4-6"}, "7+"),
         "photo": np.where(data.has_photo(), "present", "missing"),
     }
     of_products = _names("products", data.product_columns())

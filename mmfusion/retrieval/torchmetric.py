@@ -73,6 +73,9 @@ class RankingMetric(Metric):
                 f"product_ids have shape {tuple(product_ids.shape)} and query_ids {tuple(query_ids.shape)}; "
                 "expected (queries, k) and (queries,)"
             )
+        found = product_ids.sort(1).values
+        if ((found[:, 1:] == found[:, :-1]) & (found[:, 1:] >= 0)).any():
+            raise ValueError("a list holds a product twice; expected each product once, and -1 where there is none")
         missing = self.depth - product_ids.shape[1]
         self.product_ids.append(pad(product_ids.long(), (0, missing), value=-1))  # a negative pad cuts
         self.query_ids.append(query_ids.long())

@@ -39,7 +39,10 @@ def write_qrels(
 
     query_ids: the query of each judgment. product_ids: of the whole catalogue. Levels are integers: 0 is worth nothing,
     those above are the column's gains in ascending order; gains that are integers stay as they are.
-    levels.json: {"gains": {level: gain}, "relevant_from": level}, for trec_eval's -l and -m ndcg_cut with gains.
+    levels.json: {"gains": {level: gain}, "relevant_from": level}. With -l relevant_from, trec_eval's recall, map,
+    recip_rank, P and success are our recall, map, mrr, precision and hit_rate. It takes levels for gains: where gains
+    are no integers its ndcg_cut is another number than our ndcg, and -m ndcg alone, of whole lists, can be given gains
+    (-m ndcg.1=3.5,2=9.0).
     """
     gain = judgments.gain[column]
     levels = _levels(np.append(gain[~np.isnan(gain)], list(judgments.labels.get(column, {}).values())))

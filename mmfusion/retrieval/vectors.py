@@ -13,42 +13,61 @@ from torch import Tensor
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
+class VectorWriter:
+    """Writes vectors to a .npy file, batch by batch.
+
+    The file has its name only once it is whole: until `close` it lies beside, as `<name>.part`.
+    """
+
+    def __init__(self, path: Path, dtype: Literal["float16", "float32"] = "float32") -> None:
+        self.path, self.dtype = path, dtype
+        self.rows, self.dim = 0, 0
+        self._part = path.with_name(f"{path.name}.part")
+        self._file = self._part.open("wb")
+
+    def add(self, batch: Float[Tensor, "row dim"]) -> None:
+        """Raises ValueError on a batch of another width than those before and on values that the type cannot hold."""
+        values = batch.detach().to("cpu", DTYPES[self.dtype]).contiguous().numpy()
+        if not self.dim:
+            self.dim = values.shape[1]
+            _write_header(self._file, (0, self.dim), self.dtype)
+        if values.shape[1] != self.dim:
+            raise ValueError(f"row {self.rows} on holds vectors of width {values.shape[1]}; before, it was {self.dim}")
+        if not np.isfinite(values).all():
+            raise ValueError(f"row {self.rows} on holds values that are NaN, infinite or too large for {self.dtype}")
+        self._file.write(values.data)
+        self.rows += len(values)
+
+    def close(self) -> "VectorFile":
+        """Raises ValueError when nothing was added."""
+        if not self.dim:
+            raise ValueError("there are no vectors to write: expected one batch at least")
+        self._file.seek(0)
+        _write_header(self._file, (self.rows, self.dim), self.dtype)
+        self._file.close()
+        self._part.replace(self.path)
+        return VectorFile(self.path)
+
+    def discard(self) -> None:
+        """Removes what was not closed."""
+        self._file.close()
+        self._part.unlink(missing_ok=True)
+
+
 def write_vectors(
     path: Path, batches: Iterable[Float[Tensor, "_ _"]], dtype: Literal["float16", "float32"] = "float32"
-) -> int:
-    """Writes the rows of all batches to a .npy file at `path` and returns their number.
+) -> "VectorFile":
+    """Writes the rows of all batches to a .npy file at `path`; when that fails, no file is left.
 
-    The file has its name only once it is whole: until then it lies beside, as `<name>.part`, and goes if writing fails.
     Raises ValueError on no batch at all, on batches of different width and on values that `dtype` cannot hold.
     """
-    part = path.with_name(f"{path.name}.part")
+    writer = VectorWriter(path, dtype)
     try:
-        with part.open("wb") as file:
-            rows = _write(file, batches, dtype)
-        part.replace(path)
+        for batch in batches:
+            writer.add(batch)
+        return writer.close()
     finally:
-        part.unlink(missing_ok=True)
-    return rows
-
-
-def _write(file: BinaryIO, batches: Iterable[Float[Tensor, "_ _"]], dtype: str) -> int:
-    rows, dim = 0, None
-    for number, batch in enumerate(batches):
-        values = batch.detach().to("cpu", DTYPES[dtype]).contiguous().numpy()
-        if dim is None:
-            dim = values.shape[1]
-            _write_header(file, (0, dim), dtype)
-        if values.shape[1] != dim:
-            raise ValueError(f"batch {number} holds vectors of width {values.shape[1]}, those before it of width {dim}")
-        if not np.isfinite(values).all():
-            raise ValueError(f"batch {number} holds values that are NaN, infinite or too large for {dtype}")
-        file.write(values.data)
-        rows += len(values)
-    if dim is None:
-        raise ValueError("there are no vectors to write: expected one batch at least")
-    file.seek(0)
-    _write_header(file, (rows, dim), dtype)
-    return rows
+        writer.discard()
 
 
 def _write_header(file: BinaryIO, shape: tuple[int, int], dtype: str) -> None:

@@ -1,13 +1,14 @@
 """What is kept equals what would be computed, and is forgotten when weights change."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from mmfusion.encoders import Encoded, ScratchTextEncoder, SentenceTransformerEncoder, TextEncoder
-from mmfusion.features import ROWS, FeatureMemo, photo_keys
+from mmfusion.features import ROWS, FeatureMemo, photo_keys, token_keys
 
 
 class Encoder(nn.Module):
@@ -121,7 +122,7 @@ def test_a_text_is_encoded_the_same_to_the_bit_whatever_it_is_asked_for_with(nam
     one_by_one, at_once, shuffled = (FeatureMemo(False, 1.0) for _ in range(3))
 
     def asked(memo: FeatureMemo, some: list[str]) -> torch.Tensor:
-        return memo(encoder, some, lambda rows: encoder([some[i] for i in rows]), encoder.token_ids).pooled
+        return memo(encoder, some, lambda rows: encoder([some[i] for i in rows]), partial(token_keys, encoder)).pooled
 
     expected = asked(at_once, texts)
     assert torch.equal(torch.cat([asked(one_by_one, [text]) for text in texts[:40]]), expected[:40])
@@ -135,10 +136,11 @@ def test_a_text_is_encoded_the_same_to_the_bit_whatever_it_is_asked_for_with(nam
 @pytest.mark.parametrize("name", ["scratch", "minilm"])
 def test_texts_of_the_same_tokens_are_one_text(name):
     encoder, memo = text_encoder(name), FeatureMemo(False, 1.0)
+    keys = partial(token_keys, encoder)
     texts = ["Nike Running shoe", "nike running Shoe"]
     assert len(set(encoder.token_ids(texts[:2]))) == 1
     for some in (texts[:1], texts[1:], texts):
-        got = memo(encoder, some, lambda rows, some=some: encoder([some[i] for i in rows]), encoder.token_ids).pooled
+        got = memo(encoder, some, lambda rows, some=some: encoder([some[i] for i in rows]), keys).pooled
         assert len(got) == len(some)
     assert memo.count == 1
     assert torch.equal(got[0], got[1])

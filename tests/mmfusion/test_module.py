@@ -4,10 +4,12 @@ import csv
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning import Callback
 
+from mmfusion.batch import QueryBatch
 from mmfusion.features import photo_keys
 from mmfusion.loggers import AppendingCSVLogger
 from mmfusion.losses import InfoNCE
@@ -35,6 +37,36 @@ def module(shards):
     module = small_module(dropout=0.0)
     module.query.encoder.fit(["red cup", "blue hat", "number 12 lamp", "green shoe", "yellow"])
     return module
+
+
+def test_a_products_vectors_do_not_depend_on_the_batch_that_it_is_evaluated_in(shards):
+    """To the last bit: equal products tie, and an evaluation repeats, whatever eval_batch_size is."""
+    module, data = small_module().eval(), small_data(shards)
+    module.query.encoder.fit(["red cup", "blue hat", "number 12 lamp", "green shoe", "yellow"])
+    data.setup("test")
+    with torch.no_grad():
+        views = [
+            [
+                module.views(data.products(ids), {"text", "image", "fused"})
+                for ids in np.array_split(np.arange(64), parts)
+            ]
+            for parts in (1, 3, 64)
+        ]
+        texts = data.query_texts(np.arange(16))
+        queries = [
+            torch.cat(
+                [
+                    module.features.queries(QueryBatch(texts[i : i + n], torch.arange(n), torch.ones(n) > 0))
+                    for i in range(0, 16, n)
+                ]
+            )
+            for n in (1, 16)
+        ]
+    for view in ("text", "image", "fused"):
+        whole, thirds, single = (torch.cat([part[view] for part in parts]) for parts in views)
+        assert torch.equal(whole, thirds)
+        assert torch.equal(whole, single)
+    assert torch.equal(*queries)
 
 
 def test_every_term_by_a_slow_loop(module, batch):

@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from mmfusion.retrieval.evaluation import Evaluation, ViewResult, measured
 from mmfusion.retrieval.ranking import Ranking
 from mmfusion.retrieval.report import write_results
 from mmfusion.retrieval.run_file import measure_run_file
-from mmfusion.retrieval.side import differences
+from mmfusion.retrieval.side import differences, home
 from mmfusion.retrieval.significance import corrected, paired
 from mmfusion.retrieval.topk import TopK
 from mmfusion.retrieval.trec import write_run
@@ -35,8 +36,19 @@ CONFIG: dict[str, Any] = {
 }
 
 
+ONLY = (  # what follows the commands
+    "and compare the new folders; only a run that this version trained can be evaluated again, "
+    "so train an older one again."
+)
+
+
 def make_run(
-    folder: Path, value: float, config: dict[str, Any] = CONFIG, views: tuple[str, ...] = ("text", "fused"), **run: Any
+    folder: Path,
+    value: float,
+    /,
+    config: dict[str, Any] = CONFIG,
+    views: tuple[str, ...] = ("text", "fused"),
+    **run: Any,
 ) -> Path:
     results = {name: view(value + i / 10, ("relevance",)) for i, name in enumerate(views)}
     facts = {"seed": 1, "manifest": "m", "checkpoint": str(folder)} | run
@@ -70,8 +82,7 @@ def test_the_primary_view_comes_first_and_then_what_differs(runs: list[Path]) ->
         "text, relevance",
         "  A gated         .410 [.390, .430]  .420 [.400, .440]  .430 [.410, .450]",
         "  B moe           .510 [.490, .530]  .520 [.500, .540]  .530 [.510, .550]",
-        f"No values per query in A, B: for paired tests, `make eval RUN={runs[0]}`, `make eval RUN={runs[1]}`, "
-        "then compare the new folders.",
+        f"No values per query in A, B: for paired tests, `make eval RUN={runs[0]}`, `make eval RUN={runs[1]}` {ONLY}",
         "what differs                    A         B",
         "model.fusion.class_path         Gated     MoE",
         "model.fusion.init_args.experts  -         4",
@@ -117,6 +128,53 @@ def test_an_evaluation_on_other_data_takes_its_runs_configuration(runs: list[Pat
     folder = runs[1] / "eval" / "abc-test"
     write_results(folder / "results.json", {"test": {"fused": view(0.5)}, "run": {"manifest": "m"}})
     assert "model.fusion.class_path" in printed([runs[0], folder])
+
+
+def elsewhere(folder: Path, told: Path, **run: Any) -> Path:
+    """An evaluation of the run `told`, written with OUT=folder."""
+    about = {"seed": 1, "manifest": "m", "folder": str(told), **run}
+    write_results(folder / "results.json", {"test": {"fused": view(0.5)}, "run": about})
+    return folder
+
+
+def test_an_evaluation_written_elsewhere_takes_its_runs_configuration(tmp_path: Path, runs: list[Path]) -> None:
+    for folder in (tmp_path / "out", tmp_path / "eval" / "out"):
+        comparison = compare_runs([runs[0], elsewhere(folder, runs[1])])
+        assert home(folder) == runs[1]
+        assert comparison.runs[1].name == "B moe"
+        assert comparison.differences["model.fusion.class_path"] == ["Gated", "MoE"]
+        assert "run.folder" not in comparison.differences
+
+
+def test_a_run_that_was_moved_is_found_by_its_place(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "gated" / "1", 0.4, folder="/nowhere/gated/1")
+    assert home(run) == run
+    assert home(elsewhere(run / "eval" / "m-test", Path("/nowhere/gated/1"))) == run
+
+
+def test_what_an_evaluation_was_given_is_a_difference(runs: list[Path]) -> None:
+    """Nothing given is no difference to a run that does not tell what it was given."""
+    given = ["--model.evaluation.chunk=512", "--data.text_fields=[title]"]
+    evaluations = [
+        elsewhere(runs[0] / "eval" / f"e{i}", runs[0], overrides=overrides) for i, overrides in enumerate(([], given))
+    ]
+    assert compare_runs(evaluations).differences == {
+        "eval overrides": [None, "--model.evaluation.chunk=512 --data.text_fields=[title]"]
+    }
+    assert compare_runs([runs[0], evaluations[0]]).differences == {}
+
+
+def test_settings_that_are_unknown_are_no_differences(tmp_path: Path, runs: list[Path]) -> None:
+    lost = elsewhere(tmp_path / "out", tmp_path / "gone", seed=2)
+    two = compare_runs([runs[0], lost])
+    assert two.differences == {"run.seed": [1, 2]}
+    assert two.notes[-1] == (
+        f"No config.yaml of B ({lost}): the settings it was trained with are not among what differs."
+    )
+    three = compare_runs([runs[0], lost, runs[1]])
+    assert three.differences["model.fusion.class_path"] == ["Gated", None, "MoE"]
+    assert "model.dim" not in three.differences
+    assert "as far as they are known, do not differ" in printed([runs[0], elsewhere(lost, tmp_path / "gone")])
 
 
 def test_one_run_alone(runs: list[Path]) -> None:
@@ -203,7 +261,11 @@ def test_later_runs_are_tested_against_the_first_query_by_query(tmp_path: Path) 
         assert test.difference == pytest.approx(by_hand.difference)
         assert test.p_holm == pytest.approx(by_hand.p_holm, abs=0.02)
     text = printed(folders, width=100)
-    assert "against A, query by query, p by Holm's method for 6 tests\nrelevance, 200 queries\n" in text
+    assert (
+        "against A, query by query\n"
+        "p by Holm's method for 6 tests; intervals are of each test alone, not corrected\n"
+        "relevance, 200 queries\n"
+    ) in text
     assert "\n  nDCG@10     B is better by .0" in text
     assert ", p < .0001\n" not in text.split("C and A")[1].split("\n")[0]
     assert "  MRR         C and A do not differ significantly: " in text
@@ -259,15 +321,83 @@ def test_runs_on_different_data_are_not_paired(tmp_path: Path) -> None:
     assert comparison.notes == ["These runs were evaluated on different data: their numbers do not compare."]
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "usual"),
+    [("unjudged", "condensed", "zero"), ("no_positive", "zero", "skip"), ("depth", 12, 1000)],
+)
+@pytest.mark.parametrize("told", [True, False])
+def test_runs_measured_by_different_protocols_are_not_paired(
+    tmp_path: Path, option: str, value: Any, usual: Any, told: bool
+) -> None:
+    """Whether the results tell the protocol, as an evaluation's do, or only the configuration."""
+    common = recorded(tmp_path / "a" / "1", drawn(0, 1))
+    other = recorded(tmp_path / "b" / "1", drawn(0, 2), **({"evaluation": {option: value}} if told else {}))
+    if not told:
+        model = CONFIG["model"] | {"evaluation": {option: value}}
+        (other / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"model": model}))
+    third = recorded(tmp_path / "c" / "1", drawn(0, 3))
+    comparison = compare_runs([common, other, third])
+    assert {test.run for test in comparison.paired} == {"C"}
+    assert list(comparison.per_query.values) == ["A", "C"]  # type: ignore[union-attr]
+    assert comparison.notes == [
+        f"B was measured otherwise than A ({option} is {value}, not {usual}): their numbers do not compare and are not "
+        f'tested; `make eval RUN={other} ARGS="--model.evaluation.{option}={usual}"`, then compare the new folder.'
+    ]
+    assert comparison.notes[0] in printed([common, other])
+    assert compare_runs([other, common]).paired == []
+
+
+def test_an_evaluation_is_made_again_on_its_data_with_its_options(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a" / "1", 0.4, evaluation={"unjudged": "condensed"})
+    given = ["--data.text_fields=[title]", "--model.evaluation.depth=50"]
+    about = {"overrides": given, "data": "/other", "evaluation": {"depth": 50}}
+    folder = elsewhere(tmp_path / "out", run, **about)
+    options = f"{' '.join(given)} --model.evaluation.depth=1000 --model.evaluation.unjudged=condensed"
+    assert f'`make eval RUN={run} DATA=/other ARGS="{options}"`, then' in compare_runs([run, folder]).notes[1]
+    other = make_run(tmp_path / "b" / "1", 0.4, data="/own")
+    assert f'`make eval RUN={other} SPLIT=val ARGS="--model.ev' in compare_runs([run, other], "val").notes[1]
+
+
+def test_what_results_tell_of_the_protocol_goes_before_the_configuration(tmp_path: Path) -> None:
+    folders = [
+        recorded(tmp_path / "a" / "1", drawn(0, 1), evaluation={"unjudged": "condensed", "resamples": 7}),
+        recorded(tmp_path / "b" / "1", drawn(0, 2), evaluation={"unjudged": "condensed", "resamples": 1000}),
+    ]
+    model = CONFIG["model"] | {"evaluation": {"unjudged": "zero", "depth": 1000}}
+    (folders[1] / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"model": model}))
+    comparison = compare_runs(folders)
+    assert len(comparison.paired) == len(METRICS)
+    assert comparison.notes == []
+
+
+def test_values_per_query_are_read_without_rankings_and_photos(tmp_path: Path) -> None:
+    folders = [recorded(tmp_path / name / "1", drawn(0, seed)) for seed, name in enumerate("ab")]
+    for folder in folders:
+        for name in ("rankings", "products"):
+            (folder / f"{name}.parquet").write_bytes(b"not read")
+    assert len(compare_runs(folders).paired) == len(METRICS)
+
+
+def test_queries_do_not_steer_the_terminal(tmp_path: Path) -> None:
+    before: dict[str, float | None] = {f"q{i}": 0.5 for i in range(3)}
+    folders = [recorded(tmp_path / "a" / "1", before), recorded(tmp_path / "b" / "1", before | {"q1": 0.9})]
+    for folder in folders:
+        table = pq.read_table(folder / "per_query.parquet")
+        typed = pa.array(["\x1b[31mred\x1b[0m \x9b2J\thät\r\n\x07\x00[b]x"] * len(table))
+        place = table.column_names.index("query")
+        pq.write_table(table.set_column(place, "query", typed), folder / "per_query.parquet")
+    text = printed(folders)
+    assert "\n  [31mred[0m 2J hät [b]x" in text
+    assert {char for char in text if unicodedata.category(char) == "Cc"} == {"\n"}
+
+
 def test_an_older_run_is_compared_by_its_results_alone(tmp_path: Path) -> None:
     older = make_run(tmp_path / "older" / "1", 0.4)
     folders = [recorded(tmp_path / "a" / "1", drawn(0, 1)), older, recorded(tmp_path / "c" / "1", drawn(0, 2))]
     comparison = compare_runs(folders)
     assert {test.run for test in comparison.paired} == {"C"}
     assert list(comparison.per_query.values) == ["A", "C"]  # type: ignore[union-attr]
-    assert comparison.notes == [
-        f"No values per query in B: for paired tests, `make eval RUN={older}`, then compare the new folders."
-    ]
+    assert comparison.notes == [f"No values per query in B: for paired tests, `make eval RUN={older}` {ONLY}"]
     assert compare_runs([older, folders[0]]).paired == []  # no baseline to test against
 
 
@@ -322,6 +452,15 @@ def with_data(data: TupleDataModule, runs: list[Path]) -> Comparison:
     comparison = compare_runs(runs, SPLIT, load)
     assert asked == [next(run for run in runs if run.is_dir())]
     return comparison
+
+
+def test_a_run_file_is_measured_by_the_first_folders_protocol(tmp_path: Path, data: TupleDataModule) -> None:
+    """Which differs from that of a second folder, not from the file's."""
+    first = evaluated(tmp_path / "a" / "1", data, ranking(data, 1), unjudged="condensed")
+    second = evaluated(tmp_path / "b" / "1", data, ranking(data, 2))
+    comparison = with_data(data, [run_file(tmp_path / "other.run", data, ranking(data, 3)), first, second])
+    assert {test.run for test in comparison.paired} == {"B"}
+    assert [note[:51] for note in comparison.notes] == ["C was measured otherwise than A (unjudged is zero, "]
 
 
 @pytest.mark.parametrize("options", [{}, {"unjudged": "condensed"}, {"no_positive": "zero"}, {"depth": 12}])

@@ -7,6 +7,7 @@ from mmfusion.batch import Judgments
 from mmfusion.retrieval.evaluation import VALIDATION, Evaluation, ViewResult, measured
 from mmfusion.retrieval.ranking import Collector, Rows, rank_corpus
 from mmfusion.retrieval.topk import tie_ranks
+from mmfusion.retrieval.vectors import VectorFile
 from tests.ddp import run_ranks
 
 QUERIES, PRODUCTS = 25, 300
@@ -84,6 +85,19 @@ def test_padding_and_copies_change_nothing() -> None:
             collector.add(padded, torch.cat([ids, ids[:1].repeat(3)]), valid)
         collector.add(rows.vectors[:5], rows.ids[:5], torch.ones(5, dtype=torch.bool))  # these came before
     assert_same(evaluate(collectors[0].rows(), collectors[1].rows()), evaluate(queries, corpus))
+
+
+def test_a_corpus_in_a_file_is_the_one_in_memory(tmp_path) -> None:
+    queries, corpus = vectors()
+    collector = Collector(tmp_path / "new")
+    for start in range(0, PRODUCTS, 70):
+        part = slice(start, start + 70)
+        collector.add(corpus.vectors[part], corpus.ids[part], torch.ones(len(corpus.ids[part]), dtype=torch.bool))
+    rows = collector.rows()
+    assert isinstance(rows.vectors, VectorFile)
+    del collector
+    assert not list((tmp_path / "new").iterdir()), "the file goes with its collector, and stays readable"
+    assert_same(evaluate(queries, rows), evaluate(queries, corpus))
 
 
 def _evaluate_share(rank: int, world: int) -> ViewResult:

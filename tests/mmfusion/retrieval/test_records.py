@@ -159,6 +159,9 @@ def test_without_val_the_weight_is_the_one_given_or_the_row_is_left_out(shards):
     [
         ({"metrics": ["ndgc@10"]}, "ndcg"),
         ({"metrics": ["recall@2000"]}, "2000"),
+        ({"metrics": ["share"]}, "depth"),
+        ({"metrics": ["share@many"]}, "depth"),
+        ({"metrics": ["share@5000"]}, "5000"),
         ({"depth": 0}, "depth"),
         ({"resamples": 0}, "resamples"),
         ({"photos_mib": -1.0}, "photos_mib"),

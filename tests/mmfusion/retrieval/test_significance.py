@@ -163,7 +163,19 @@ def verdict(difference: float, low: float, high: float, p: float) -> str:
     [
         ((0.0211, 0.0119, 0.0302, 0.0004), "B is better by .021 [.012, .030], p = .0004"),
         ((-0.0211, -0.0302, -0.0119, 0.012), "B is worse by .021 [.012, .030], p = .012"),
-        ((0.021, -0.0011, 0.04, 0.0499), "B is better by .021 [-.001, .040], p = .05"),
+        (
+            (0.02, -0.0011, 0.03, 0.02),
+            "B is probably better by .020 [-.001, .030], p = .02, but the interval includes 0",
+        ),
+        (
+            (-0.02, -0.03, 0.0, 0.02),
+            "B is probably worse by .020 [.000, .030], p = .02, but the interval includes 0",
+        ),
+        ((0.021, 0.0011, 0.04, 0.0499), "B is better by .021 [.001, .040], p = .0499"),
+        ((0.021, 0.0011, 0.04, 0.049999), "B is better by .021 [.001, .040], p = .049999"),
+        ((0.021, 0.0011, 0.04, 0.0494), "B is better by .021 [.001, .040], p = .049"),
+        ((0.021, 0.0011, 0.04, 0.05), "B and A do not differ significantly: +.021 [.001, .040], p = .05"),
+        ((0.021, 0.0011, 0.04, 0.0501), "B and A do not differ significantly: +.021 [.001, .040], p = .05"),
         ((0.3, 0.2, 1.0, 0.00001), "B is better by .300 [.200, 1.000], p < .0001"),
         ((0.003, -0.004, 0.01, 0.4107), "B and A do not differ significantly: +.003 [-.004, .010], p = .41"),
         ((-0.003, -0.01, -0.0001, 0.051), "B and A do not differ significantly: -.003 [-.010, .000], p = .051"),

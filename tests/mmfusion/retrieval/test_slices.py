@@ -81,7 +81,7 @@ def test_slices_of_products(data: TupleDataModule) -> None:
     found = {name: by_product(data, of) for name, of in product_slices(data, ["brand", "products.class"]).items()}
     assert found == {
         "train_positives": ["0 (cold start)", "1-4", "5+", "1-4", "5+", "0 (cold start)"],
-        "title_words": ["0", "1-3", "1-3", "4-6", "7+", "4-6"],
+        "text_words": ["0", "1-3", "1-3", "4-6", "7+", "4-6"],
         "photo": ["missing"] * 6,
         "brand": ["(none)", "acme", "bolt", "acme", "acme", "(none)"],
         "products.class": ["a", "a", "b", "b", "(none)", "a"],

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -68,16 +69,38 @@ def test_trec_eval_finds_our_numbers(
         "recip_rank": "mrr",
         "map": "map",
         "map_cut_20": "map@20",
+        "P_10": "precision@10",
+        "success_10": "hit_rate@10",
         "ndcg_cut_10": "ndcg@10",
     }
     if any(int(level) != gain for level, gain in meaning["gains"].items()):
-        del names["ndcg_cut_10"]  # pytrec_eval takes no gains of levels
+        del names["ndcg_cut_10"]  # it takes levels for gains
     theirs = pytrec_eval.RelevanceEvaluator(qrels, set(names), relevance_level=meaning["relevant_from"]).evaluate(run)
     ranked = ranked_gains(top.ids.numpy(), np.arange(QUERIES), judgments, "label")
     for their_name, name in names.items():
         ours = np.nan_to_num(parse_metric(name, DEPTH)(ranked))
         assert ours.max() > 0
         assert max(abs(ours[i] - theirs[f"q{i}"][their_name]) for i in range(QUERIES) if f"q{i}" in theirs) < 1e-9
+
+
+def test_trec_evals_ndcg_is_of_levels_not_of_gains(tmp_path: Path) -> None:
+    """Ours is the same number where each gain is replaced by its level, and another one with gains as they are."""
+    top, judgments = found(0), judged(list(GRADES.values()), 0, 1.0, GRADES)
+    run, qrels, meaning = written(tmp_path, top, judgments)
+    theirs = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg", "ndcg_cut_10"}).evaluate(run)
+    level_of = {gain: float(level) for level, gain in meaning["gains"].items()}
+    levels = np.array([level_of.get(gain, np.nan) for gain in judgments.gain["label"].tolist()])
+    of_levels = dataclasses.replace(judgments, gain={"label": levels}, labels={})
+    differ = []
+    for their_name, name in (("ndcg_cut_10", "ndcg@10"), ("ndcg", f"ndcg@{DEPTH}")):
+        given, replaced = (
+            np.nan_to_num(parse_metric(name, DEPTH)(ranked_gains(top.ids.numpy(), np.arange(QUERIES), one, "label")))
+            for one in (judgments, of_levels)
+        )
+        expected = np.array([theirs[f"q{i}"][their_name] for i in range(QUERIES)])
+        assert np.abs(replaced - expected).max() < 1e-9
+        differ.append(np.abs(given - expected).max())
+    assert min(differ) > 0.05
 
 
 @pytest.mark.parametrize("kind", ["ties", "near", "short"])

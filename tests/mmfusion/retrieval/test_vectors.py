@@ -23,7 +23,7 @@ def file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("sizes", [[100], [1, 98, 1], [0, 60, 0, 40]])
 def test_numpy_reads_what_was_written(file: Path, dtype: str, sizes: list[int]) -> None:
     vectors = gaussian()
-    assert write_vectors(file, vectors.split(sizes), dtype) == 100
+    assert len(write_vectors(file, vectors.split(sizes), dtype)) == 100
     assert np.array_equal(np.load(file), vectors.numpy().astype(dtype))
     assert [path.name for path in file.parent.iterdir()] == ["corpus.npy"]
 
@@ -52,7 +52,7 @@ def test_what_was_read_is_a_copy(file: Path) -> None:
 
 
 def test_no_vector_may_be_in_the_file(file: Path) -> None:
-    assert write_vectors(file, [gaussian(rows=0)]) == 0
+    assert len(write_vectors(file, [gaussian(rows=0)])) == 0
     assert VectorFile(file)[:10].shape == (0, 7)
 
 
@@ -72,9 +72,12 @@ def test_a_failure_leaves_what_was_there(file: Path) -> None:
     ("batches", "message"),
     [
         ([], "no vectors to write"),
-        ([gaussian(dim=4), gaussian(dim=5)], "batch 1 holds vectors of width 5, those before it of width 4"),
-        ([gaussian(), gaussian() * torch.inf], "batch 1 holds values that are NaN, infinite or too large for float16"),
-        ([gaussian() + 70_000], "batch 0 .* too large for float16"),
+        ([gaussian(dim=4), gaussian(dim=5)], "row 100 on holds vectors of width 5; before, it was 4"),
+        (
+            [gaussian(), gaussian() * torch.inf],
+            "row 100 on holds values that are NaN, infinite or too large for float16",
+        ),
+        ([gaussian() + 70_000], "row 0 .* too large for float16"),
     ],
 )
 def test_vectors_that_cannot_be_written_are_an_error(file: Path, batches: list[Tensor], message: str) -> None:
@@ -122,8 +125,8 @@ def test_reading_the_whole_file_keeps_none_of_it_resident(file: Path) -> None:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return 1024 * int(status.split("RssFile:")[1].split()[0])
 
-    size = write_vectors(file, (torch.ones(1000, 1024) for _ in range(16))) * 1024 * 4
-    opened, before = VectorFile(file), resident()
+    opened = write_vectors(file, (torch.ones(1000, 1024) for _ in range(16)))
+    size, before = len(opened) * 1024 * 4, resident()
     for start in range(0, len(opened), 1000):
         opened[start : start + 1000]
         opened[torch.randperm(len(opened), generator=torch.Generator().manual_seed(start))[:100]]
