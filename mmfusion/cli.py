@@ -190,8 +190,11 @@ def compare(argv: list[str]) -> None:
         raise ValueError('make compare needs RUNS="runs/a runs/b": folders that hold a results.json, or TREC run files')
     from mmfusion.retrieval.compare import print_comparison  # noqa: PLC0415
     from mmfusion.retrieval.comparison import compare_runs  # noqa: PLC0415
+    from mmfusion.retrieval.files import file_path  # noqa: PLC0415
     from mmfusion.retrieval.html import write_comparison  # noqa: PLC0415
 
+    if options.out:
+        file_path(options.out)
     comparison = compare_runs(options.runs, options.split, _data_of)
     print_comparison(comparison)
     beside = next(run for run in options.runs if run.is_dir())

@@ -4,19 +4,23 @@ Summary   final/<split>/<view>/<metric>; final/primary, by which runs sort; val/
 Tables    results/<split>, slices/<split>, examples/<split>
 Plots     charts/views/<split>, charts/calibration/<split>, charts/slices/<split>/<slice>
 experiments/dashboard.py lays them out.
+
+examples/<split> are the report's galleries: the same queries and products, in the views that it shows at first. What
+is less: the other views (random, hybrids), and the report's search over all queries.
 """
 
 import contextlib
 import io
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from mmfusion.gallery import PHOTOS, VIEWS, Product, example_queries, first_products, rows_of
+from mmfusion.gallery import Product, example_queries, example_views, first_products, rows_of
+from mmfusion.retrieval.examples import FIRST_PRODUCTS, main_metric
 from mmfusion.retrieval.records import PHOTO_SIDE, Records, read
 from mmfusion.retrieval.report import View, splits
 
@@ -59,12 +63,6 @@ def final_values(results: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def main_metric(names: Iterable[str]) -> str:
-    """The first nDCG@10, which is the first label column's; else the first metric."""
-    names = list(names)
-    return next((name for name in names if name.endswith("/ndcg@10")), names[0])
-
-
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -101,19 +99,19 @@ def slice_rows(slices: Mapping[str, Mapping[str, Mapping[str, View]]]) -> list[l
     ]
 
 
-def _examples(records: Records, split: str, queries: int = 24) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows: the query, why it is shown, a view, its main metric and its first products."""
+def _examples(records: Records, split: str) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows: the query, the galleries that show it, a view, its main metric and its first products."""
     metric = main_metric(records.results[split][records.results["run"]["primary"]])
-    chosen = example_queries(records, split, metric, queries)
+    chosen = example_queries(records, split)
     per_query = rows_of(records.per_query, split, query_id=list(chosen)).to_pylist()
     of_view = {(row["query_id"], row["view"]): row for row in per_query}
-    products = first_products(records, split, list(chosen))
+    products, views = first_products(records, split, list(chosen)), example_views(records, split)
     rows = []
-    for query, view in ((query, view) for query in chosen for view in VIEWS if (query, view) in products):
+    for query, view in ((query, view) for query in chosen for view in views if (query, view) in products):
         images: list[Any] = [_image(product) for product in products[query, view]]
         row = of_view[query, view]
-        rows.append([row["query"], chosen[query], view, row[metric], *images, *[None] * (PHOTOS - len(images))])
-    return ["query", "shown as", "view", metric, *(str(rank) for rank in range(1, PHOTOS + 1))], rows
+        rows.append([row["query"], chosen[query], view, row[metric], *images, *[None] * (FIRST_PRODUCTS - len(images))])
+    return ["query", "shown as", "view", metric, *(str(rank) for rank in range(1, FIRST_PRODUCTS + 1))], rows
 
 
 def _image(product: Product) -> Any:

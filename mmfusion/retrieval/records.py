@@ -4,10 +4,9 @@ Reports and comparisons are made from these files alone, on any machine and with
   per_query.parquet   split, view, query_id, query, and one column per metric (null: left out of the mean)
   rankings.parquet    split, view, query_id, rank from 1 on, product_id, score, and of each label column label/<column>
                       and gain/<column> (null: not judged)
-  products.parquet    product_id, title, photo (JPEG; null: none, or no room)
+  products.parquet    product_id, title, has_photo (in the catalogue), photo (JPEG; null: none, or no room)
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,12 @@ import pyarrow.parquet as pq
 
 from mmfusion.batch import Judgments, RetrievalData
 from mmfusion.retrieval.evaluation import ViewResult
+from mmfusion.retrieval.examples import FIRST_PRODUCTS, products_as_seen
+from mmfusion.retrieval.files import replaced
+from mmfusion.retrieval.labels import names
 from mmfusion.retrieval.metrics import ranked_gains
 from mmfusion.retrieval.report import read_results
 
-FIRST_PRODUCTS = 10
 PHOTO_SIDE = 96  # pixels
 TABLES = ("per_query", "rankings", "products")
 
@@ -50,8 +51,10 @@ def read(folder: Path) -> Records:
 def write(
     folder: Path, results: Mapping[str, Mapping[str, ViewResult]], primary: str, data: RetrievalData, photos_mib: float
 ) -> None:
-    """Writes the three tables of results[split][view]; each is written beside its place and renamed."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes the three tables of results[split][view], each whole or not at all.
+
+    primary: the view that galleries hold against text. photos_mib: most MiB of JPEG in products.parquet.
+    """
     product_ids = np.array(data.product_ids(), dtype=np.dtypes.StringDType())
     views = [(split, view, result) for split, views in results.items() for view, result in views.items()]
     _replace(folder / "per_query.parquet", pa.concat_tables(
@@ -89,8 +92,8 @@ def _ranking(
 
 
 def _labels(gains: np.ndarray, labels: Mapping[str, float]) -> list[str | None]:
-    names = {gain: label for label, gain in labels.items()}
-    return [None if np.isnan(gain) else names.get(gain, f"{gain:g}") for gain in gains.tolist()]
+    named = names(labels)
+    return [None if np.isnan(gain) else named.get(gain, f"{gain:g}") for gain in gains.tolist()]
 
 
 def _named(split: str, view: str, rows: int) -> dict[str, Any]:
@@ -104,46 +107,29 @@ def _products(
     product_ids: np.ndarray,
     photos_mib: float,
 ) -> pa.Table:
-    """Every product that the rankings show; photos, until there is no room, of those that a reader asks for first."""
-    order = _as_looked_at(results, primary)
+    """Every product that the rankings show."""
+    order = products_as_seen(results, primary)
     titles = data.product_column("title") if "title" in data.product_columns() else np.array(data.product_texts())
-    photos: list[bytes | None] = []
-    room = photos_mib * 2**20
-    for part in np.array_split(order, max(1, len(order) // 500)):
-        found = data.thumbnails(part, PHOTO_SIDE) if room > 0 else [None] * len(part)
-        room -= sum(len(photo) for photo in found if photo)
-        photos += found
     return pa.table({
         "product_id": pa.array(product_ids[order].tolist(), pa.string()),
         "title": pa.array([str(title) for title in titles[order]], pa.string()),
-        "photo": pa.array(photos, pa.binary()),
+        "has_photo": pa.array(data.has_photo()[order], pa.bool_()),
+        "photo": pa.array(_photos(order, data, photos_mib * 2**20), pa.binary()),
     })  # fmt: skip
 
 
-def _as_looked_at(results: Mapping[str, Mapping[str, ViewResult]], primary: str) -> np.ndarray:
-    """The products shown, each once: test's first; in a split, of the queries that differ most from text alone."""
-    splits = sorted(results, key=lambda split: split != "test")
-    shown: list[np.ndarray] = []
-    for split in splits:
-        views = results[split]
-        rows = _extremes_first(views[primary], views.get("text", views[primary]))
-        tops = np.stack([result.top.ids[:, :FIRST_PRODUCTS].numpy() for result in views.values()], 1)
-        shown.append(tops[rows].reshape(-1))
-    products = np.concatenate(shown)
-    kept = products[products >= 0]
-    return kept[np.sort(np.unique(kept, return_index=True)[1])]
-
-
-def _extremes_first(ours: ViewResult, text: ViewResult) -> np.ndarray:
-    metric = next((name for name in ours.per_query if name.endswith("ndcg@10")), next(iter(ours.per_query)))
-    difference = np.abs(ours.per_query[metric] - text.per_query[metric])
-    return np.argsort(-np.nan_to_num(difference, nan=-1), kind="stable")
+def _photos(products: np.ndarray, data: RetrievalData, room: float) -> list[bytes | None]:
+    """JPEGs of the products in their order; None from the one on that would not fit into `room` bytes."""
+    photos: list[bytes | None] = []
+    for place in range(len(products)):
+        (photo,) = data.thumbnails(products[place : place + 1], PHOTO_SIDE)
+        room -= len(photo or b"")
+        if room < 0:
+            return photos + [None] * (len(products) - place)
+        photos.append(photo)
+    return photos
 
 
 def _replace(path: Path, table: pa.Table) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replaced(path) as beside:
         pq.write_table(table, beside, compression="zstd")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -5,8 +5,6 @@ results[split][view][metric] = {"value", "low", "high"}; beside the splits stand
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from mmfusion.retrieval.files import replaced
 
 RESERVED = ("run", "slices", "calibration")
 FIRST = ("text", "image", "fused")  # the order of views in tables; others follow
@@ -24,20 +24,9 @@ View = Mapping[str, Cell]
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
-    """Writes results.json beside its place and renames it there: a reader sees the old file or the new one, whole.
-
-    A NaN (a mean over no query) becomes null, so that the file is JSON.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(_without_nan(results), file, indent=2, allow_nan=False)
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
+    """A reader sees the old file or the new one, whole. A NaN (a mean over no query) becomes null, so it is JSON."""
+    with replaced(path) as beside:
+        beside.write_text(json.dumps(_without_nan(results), indent=2, allow_nan=False), encoding="utf-8")
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from mmfusion.dashboard import final_values, log_evaluation
 from mmfusion.gallery import example_queries, first_products
 from mmfusion.loggers import Wandb, make_loggers, wandb_settings
 from mmfusion.outcome import leave
+from mmfusion.retrieval.html.sections import Focus
+from mmfusion.retrieval.html.sections import galleries as galleries_of_the_report
 from mmfusion.retrieval.records import read
 from tests.small_run import small_data, small_module, small_shards, small_trainer
 
@@ -51,7 +53,10 @@ def jpeg(colour: str) -> bytes:
 
 
 def write_evaluation(folder: Path, photos: tuple[bytes | None, bytes | None] = (jpeg("red"), None)) -> Path:
-    """Six queries, q0 to q5, that find p0 (E) and p1 (not judged) under text and fused; p0 alone has a photo."""
+    """Six queries, q0 to q5, that find p0 (E) and p1 (not judged) under text and fused; photos: those that are kept.
+
+    Of the catalogue's products p1 alone has no photo.
+    """
     folder.mkdir(parents=True)
     results = {
         "test": {"text": {NDCG: cell(0.3)}, "fused": {NDCG: cell(0.45), "relevance/mrr": cell(None)}},
@@ -76,8 +81,13 @@ def write_evaluation(folder: Path, photos: tuple[bytes | None, bytes | None] = (
         for view in ("text", "fused") for n in range(6)
         for rank, product, label in ((2, "p1", None), (1, "p0", "E"))
     ]  # fmt: skip
-    products = [{"product_id": f"p{n}", "title": f"<b>title</b> {n}", "photo": photo} for n, photo in enumerate(photos)]
-    schema = pa.schema([("product_id", pa.string()), ("title", pa.string()), ("photo", pa.binary())])
+    products = [
+        {"product_id": f"p{n}", "title": f"<b>title</b> {n}", "has_photo": n == 0, "photo": photo}
+        for n, photo in enumerate(photos)
+    ]
+    schema = pa.schema([
+        ("product_id", pa.string()), ("title", pa.string()), ("has_photo", pa.bool_()), ("photo", pa.binary()),
+    ])  # fmt: skip
     pq.write_table(pa.Table.from_pylist(of_query), folder / "per_query.parquet")
     pq.write_table(pa.Table.from_pylist(found), folder / "rankings.parquet")
     pq.write_table(pa.Table.from_pylist(products, schema), folder / "products.parquet")
@@ -143,12 +153,12 @@ def test_a_run_offline_holds_what_its_folder_holds(no_key, tmp_path):
     assert (offline / "files/report.html").read_text() == "<p>the report</p>"
     assert not (offline / "files/report.html").is_symlink()
     examples = table(offline, "examples/test")
-    assert examples["columns"] == ["query", "shown as", "view", NDCG, "1", "2", "3", "4", "5"]
-    assert [row[:4] for row in examples["data"]][:4] == [
-        ["query 0", "best against text", "text", 0.1], ["query 0", "best against text", "fused", 0.9],
-        ["query 2", "worst against text", "text", 0.3], ["query 2", "worst against text", "fused", 0.1],
-    ]  # fmt: skip
-    assert all(row[4:] == ["Image"] * 2 + [None] * 3 for row in examples["data"])
+    assert examples["columns"] == ["query", "shown as", "view", NDCG, *map(str, range(1, 11))]
+    shown = example_queries(read(folder), "test")
+    queries = [("query 0", "text", 0.1), ("query 0", "fused", 0.9), ("query 4", "text", 0.5), ("query 4", "fused", 0.6)]
+    assert [(row[0], *row[2:4]) for row in examples["data"]][:4] == queries
+    assert [row[1] for row in examples["data"]] == [why for why in shown.values() for _ in range(2)]
+    assert all(row[4:] == ["Image"] * 2 + [None] * 8 for row in examples["data"])
 
 
 def test_the_photos_of_an_offline_run_wait_in_its_own_folder(no_key, tmp_path):
@@ -172,23 +182,39 @@ def test_final_primary_is_the_test_value_of_the_first_label_column():
     assert "final/primary" not in final_values({"val": views, "run": {"primary": "fused"}})
 
 
-def test_examples_are_the_best_and_the_worst_and_some_between(tmp_path):
+def test_examples_are_the_galleries_of_the_report(tmp_path):
     records = read(write_evaluation(tmp_path / "run"))
-    best, worst = "best against text", "worst against text"
-    assert example_queries(records, "test", NDCG, 3) == {"q0": best, "q2": worst, "q1": "between"}
-    assert example_queries(records, "test", NDCG, 100) == {
-        "q0": best, "q2": worst, "q1": "between", "q3": "between", "q4": "between",
-    }  # fmt: skip
+    found = example_queries(records, "test")
+    gained = [query for query, why in found.items() if why.startswith("fused gains most over text")]
+    lost = [query for query, why in found.items() if why.startswith("fused loses most to text")]
+    assert (gained, lost) == (["q0", "q4"], ["q2"])
+    assert list(found)[:3] == ["q0", "q4", "q2"]
+    assert sum("Drawn at random" in why for why in found.values()) == 5
+    focus = Focus.of(records.results, "test")
+    galleries, _ = galleries_of_the_report(records, focus)
+    for gallery in galleries:
+        assert [query for query in found if gallery.title in found[query]] == sorted(
+            gallery.query_ids, key=list(found).index
+        )
+    assert {query for gallery in galleries for query in gallery.query_ids} == {*found}
+
+
+def test_without_another_view_examples_are_drawn_at_random(tmp_path):
+    records = read(write_evaluation(tmp_path / "run"))
     records.results["run"]["primary"] = "text"
-    assert example_queries(records, "test", NDCG, 3) == {"q4": "best", "q0": "worst", "q1": "between"}
+    assert set(example_queries(records, "test").values()) == {"Drawn at random"}
 
 
-def test_captions_say_rank_labels_and_title_of_products_in_order(tmp_path):
+def test_captions_say_rank_labels_title_and_why_there_is_no_photo(tmp_path):
     red = jpeg("red")
     records = read(write_evaluation(tmp_path / "run", (red, None)))
     found = first_products(records, "test", ["q3"])
     assert set(found) == {("q3", "text"), ("q3", "fused")}
-    assert found["q3", "fused"] == [("1 · E/5 · <b>title</b> 0", red), ("2 · not judged/5 · <b>title</b> 1", None)]
+    without = ("2 · not judged/5 · <b>title</b> 1 · no photo", None)
+    assert found["q3", "fused"] == [("1 · E/5 · <b>title</b> 0", red), without]
+    records = read(write_evaluation(tmp_path / "no room", (None, None)))
+    unkept = ("1 · E/5 · <b>title</b> 0 · photo not kept", None)
+    assert first_products(records, "test", ["q3"])["q3", "fused"] == [unkept, without]
 
 
 def test_a_folder_without_an_evaluation_is_an_error(tmp_path):

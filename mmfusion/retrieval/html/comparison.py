@@ -3,8 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mmfusion.retrieval import records
-from mmfusion.retrieval.comparison import Compared, Comparison
+from mmfusion.retrieval.comparison import Compared, Comparison, QueryValues
+from mmfusion.retrieval.examples import EACH
+from mmfusion.retrieval.files import file_path
 from mmfusion.retrieval.html import figures, gallery, tables
 from mmfusion.retrieval.html.figures import Figure
 from mmfusion.retrieval.html.gallery import Gallery, Row
@@ -15,7 +19,11 @@ from mmfusion.retrieval.records import Records
 
 
 def write_comparison(comparison: Comparison, path: Path) -> Path:
-    """Writes the page. Galleries show the runs whose folders hold rankings; the rest needs the comparison alone."""
+    """Writes the page. Galleries show the runs whose folders hold rankings; the rest needs the comparison alone.
+
+    Raises ValueError where the path is a folder.
+    """
+    file_path(path)  # before the galleries are read and drawn
     scatters = _scatters(comparison)
     galleries, queries = _galleries(comparison)
     data = {"figures": placed(scatters), "gallery": queries, "differences": _per_query(comparison)}
@@ -73,26 +81,34 @@ def _per_query(comparison: Comparison) -> dict[str, Any] | None:
 
 
 def _galleries(comparison: Comparison) -> tuple[list[Gallery], dict[str, Any]]:
-    """The queries on which each run gains and loses most against the baseline, and what the script reads of all."""
-    found = {run.letter: records.read(run.path) for run in comparison.runs if (run.path / "rankings.parquet").is_file()}
-    runs = {run.letter: run for run in comparison.runs if run.letter in found}
+    """The queries on which each run gains and loses most against the baseline, and what the script reads of all.
+
+    Runs on other data are not among them: neither their queries nor their products are the baseline's.
+    """
     per_query = comparison.per_query
+    kept = [run for run in comparison.runs if per_query is not None and run.letter in per_query.values]
+    runs = {run.letter: run for run in kept if (run.path / "rankings.parquet").is_file()}
+    found = {letter: records.read(run.path) for letter, run in runs.items()}
     if per_query is None or len(found) < 2:
         return [], gallery.gallery_data({}, [], [], [], {})
     galleries = [
         Gallery(f"{letter} {kind} {next(iter(per_query.values))}", "", [per_query.query_ids[row] for row in rows])
         for letter in list(per_query.values)[1:]
         if letter in found
-        for kind, rows in zip(
-            ("gains most over", "loses most to"), per_query.extremes(letter, gallery.EACH), strict=True
-        )
+        for kind, rows in zip(("gains most over", "loses most to"), per_query.extremes(letter, EACH), strict=True)
     ]
     galleries = [one for one in galleries if one.query_ids]
     rows = [_row(run, found[letter], comparison) for letter, run in runs.items()]
-    queries = dict(zip(per_query.query_ids, per_query.queries, strict=True))
+    queries = {per_query.query_ids[row]: per_query.queries[row] for row in _most_different_first(per_query)}
     gains = next(iter(found.values())).results.get("run", {}).get("gains", {})
     products = [one.products for one in found.values()]
     return galleries, gallery.gallery_data(queries, rows, galleries, products, gains)
+
+
+def _most_different_first(per_query: QueryValues) -> list[int]:
+    baseline, *others = per_query.values.values()
+    differences = np.max([np.abs(np.nan_to_num(one - baseline)) for one in others], axis=0)
+    return np.argsort(-differences, kind="stable").tolist()
 
 
 def _row(run: Compared, found: Records, comparison: Comparison) -> Row:

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from jaxtyping import Float
 
-from mmfusion.retrieval.html.labels import letters, numeric_tone, tones
-from mmfusion.retrieval.html.numbers import metric_title
+from mmfusion.retrieval.html.numbers import metric_title, whole
+from mmfusion.retrieval.labels import letters, numeric_tone, tones
 
-LISTED = 2_000  # queries whose lists a page holds; of the others it holds the values
-EACH = 5  # queries of a gallery
+LISTS = 14_000  # a page holds so many: of a query in a row its first products; of further queries it holds the values
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ class Marks:
     places: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.tones = tones(self.gains)
-        self.letters = letters(self.tones)
+        labels = self.gains.get("gains") or {}
+        self.tones = tones(labels)
+        self.letters = letters(labels)
         for label in self.tones:
             self.place(label, None)
 
@@ -78,18 +79,21 @@ def gallery_data(
 ) -> dict[str, Any]:
     """What the script reads. queries: text by id, all that can be searched, those that matter most first.
 
-    gains: results.json's `run.gains`. Lists are kept for the galleries' queries and then for the first LISTED.
+    gains: results.json's `run.gains`.
     """
-    ids = list(dict.fromkeys([*(one for gallery in galleries for one in gallery.query_ids), *queries]))
+    first = dict.fromkeys(one for gallery in galleries for one in gallery.query_ids)
+    ids = list(first | dict.fromkeys(queries))
+    kept = held([row.shown for row in rows], len(ids), len(first))
     place = {query_id: row for row, query_id in enumerate(ids)}
     columns = [Marks(column, gains[column]) for column in gains]
     catalogue: dict[str, int] = {}
-    lists = [_lists(row.ranking, ids[:LISTED], columns, catalogue) for row in rows]
+    lists = [_lists(row.ranking, ids[:count], columns, catalogue) for row, count in zip(rows, kept, strict=True)]
     metrics = list(dict.fromkeys(metric for row in rows for metric in row.values))
     return {
         "queries": [[query_id, queries[query_id]] for query_id in ids],
         "rows": [row.name for row in rows],
         "shown": [row.shown for row in rows],
+        "note": _what_is_held([row.name for row in rows], kept, len(ids), len(first)),
         "columns": [{"name": column.column, "marks": column.marks} for column in columns],
         "lists": lists,
         "products": _products(products, catalogue),
@@ -100,22 +104,30 @@ def gallery_data(
     }
 
 
-def extremes(
-    ours: Mapping[str, float | None], theirs: Mapping[str, float | None], each: int = EACH
-) -> tuple[list[str], list[str], list[str]]:
-    """Query ids by ours - theirs: (largest gains, largest losses, all by size of the difference).
+def held(shown: Sequence[bool], queries: int, in_galleries: int) -> list[int]:
+    """Of how many queries each row's lists are in the page. shown: at first, by row.
 
-    A query that a mean leaves out counts as no difference; a gain is above 0, a loss below.
+    Of all where that makes no more than LISTS. Else the rows shown at first share the room, and the others have the
+    galleries' queries alone.
     """
-    difference = {one: (value or 0.0) - (theirs.get(one) or 0.0) for one, value in ours.items()}
-    gained = sorted((one for one in difference if difference[one] > 0), key=lambda one: -difference[one])
-    lost = sorted((one for one in difference if difference[one] < 0), key=lambda one: difference[one])
-    return gained[:each], lost[:each], sorted(difference, key=lambda one: -abs(difference[one]))
+    if len(shown) * queries <= LISTS:
+        return [queries] * len(shown)
+    each = min(queries, max(in_galleries, LISTS // max(1, sum(shown))))
+    return [each if one else in_galleries for one in shown]
 
 
-def drawn(query_ids: Sequence[str], each: int = EACH, seed: int = 0) -> list[str]:
-    """Queries drawn at random, the same ones every time."""
-    return [query_ids[row] for row in np.random.default_rng(seed).permutation(len(query_ids))[:each]]
+def _what_is_held(rows: Sequence[str], kept: Sequence[int], queries: int, in_galleries: int) -> str:
+    """What a reader should know of it; nothing where all is there."""
+    few = [row for row, count in zip(rows, kept, strict=True) if count < max(kept)]
+    said = []
+    if kept and max(kept) < queries:
+        said.append(
+            f"This page has the products of {whole(max(kept))} of {whole(queries)} queries, those whose values differ "
+            "most, and the values of all."
+        )
+    if few:
+        said.append(f"The products of {', '.join(few)} are here for the {in_galleries} queries of the galleries.")
+    return " ".join([*said, "rankings.parquet has all."]) if said else ""
 
 
 def texts(per_query: pa.Table) -> dict[str, str]:
@@ -128,6 +140,11 @@ def values(per_query: pa.Table, metrics: Iterable[str]) -> dict[str, dict[str, f
     ids = per_query["query_id"].to_pylist()
     found = [metric for metric in metrics if metric in per_query.column_names]
     return {metric: dict(zip(ids, per_query[metric].to_pylist(), strict=True)) for metric in found}
+
+
+def numbers(per_query: pa.Table, metric: str) -> Float[np.ndarray, "query"]:
+    """The values of one metric in the table's order; NaN where a mean leaves the query out."""
+    return per_query[metric].cast(pa.float64()).to_numpy()
 
 
 def part(table: pa.Table, **equal: str) -> pa.Table:
@@ -160,17 +177,21 @@ def _column(table: pa.Table, name: str) -> list[Any]:
     return table[name].to_pylist() if name in table.column_names else [None] * len(table)
 
 
-def _products(tables: Iterable[pa.Table], catalogue: Mapping[str, int]) -> list[list[str | None]]:
-    """[id, title, photo] of each product of the catalogue; the first table that has a photo of it gives it."""
-    found: list[list[str | None]] = [[product_id, None, None] for product_id in catalogue]
+def _products(tables: Iterable[pa.Table], catalogue: Mapping[str, int]) -> list[list[Any]]:
+    """[id, title, photo, whether it has one] by place; the first table that holds a product's photo gives it.
+
+    Tables of an older version do not tell has_photo: there a product has a photo if it was kept.
+    """
+    found: list[list[Any]] = [[product_id, None, None, False] for product_id in catalogue]
     for table in tables:
-        for product_id, title, photo in zip(
-            *(table[name].to_pylist() for name in ("product_id", "title", "photo")), strict=True
+        for product_id, title, photo, has_photo in zip(
+            *(_column(table, name) for name in ("product_id", "title", "photo", "has_photo")), strict=True
         ):
             if product_id in catalogue:
                 known = found[catalogue[product_id]]
                 known[1] = known[1] or title
                 known[2] = known[2] or (base64.b64encode(photo).decode() if photo else None)
+                known[3] = bool(known[3] or has_photo or photo)
     return found
 
 

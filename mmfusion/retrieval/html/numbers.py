@@ -1,11 +1,9 @@
 """Numbers and names as a page shows them."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-# the metrics of a first look, in this order; everything else is folded away
-SHOWN = ("ndcg@10", "recall@100", "mrr", "precision@10", "judged@10")
 FAMILIES = {
     "ndcg": "nDCG",
     "ndcg_exp": "nDCG (exp)",
@@ -52,14 +50,8 @@ def whole(value: int) -> str:
 
 
 def metric_title(name: str) -> str:
-    """nDCG@10 of ndcg@10; a label's share by its letter: E@10."""
+    """nDCG@10 of ndcg@10, and Share e@10 of share_e@10, a label's share."""
     family, at, k = name.partition("@")
     if family.startswith("share_"):
-        return f"Share {family.removeprefix('share_').upper()}{at}{k}"
+        return f"Share {family.removeprefix('share_')}{at}{k}"
     return f"{FAMILIES.get(family, family)}{at}{k}"
-
-
-def shown_first(names: Iterable[str]) -> list[str]:
-    """The metrics of a first look that are among the names; the first four names where none is."""
-    names = list(names)
-    return [name for name in SHOWN if name in names] or names[:4]

@@ -5,8 +5,6 @@ escape, and as JSON, which the script turns into text nodes.
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from mmfusion.retrieval.files import replaced
 from mmfusion.retrieval.html.numbers import interval, number, signed, whole
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -46,17 +45,9 @@ def as_json(value: Any) -> Markup:
 
 
 def write_page(path: Path, text: str) -> Path:
-    """Writes the page beside its place and renames it there: a reader sees the old page or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
+    """A reader sees the old page or the new one, whole. Raises ValueError where the path is a folder."""
+    with replaced(path) as beside:
+        beside.write_text(text, encoding="utf-8")
     return path
 
 

@@ -29,6 +29,7 @@ def write_report(folder: Path) -> Path:
     calibration = sections.calibration(found.results, focus)
     slices = sections.slices(found.results, focus)
     galleries, queries = sections.galleries(found, focus)
+    headline = sections.headline(found, focus)
     charts = [*training["quality"], *training["settings"], *gates, *calibration, *(one["figure"] for one in slices)]
     return write_page(folder / "report.html", render(
         "report.html.j2",
@@ -37,7 +38,9 @@ def write_report(folder: Path) -> Path:
         facts=_facts(found.results, folder, len(queries["queries"]), focus.split),
         focus=focus,
         metric=metric_title(focus.metric.rpartition("/")[2]),
-        headline=sections.headline(found.results, focus),
+        headline=headline,
+        tests=sum(one["test"] is not None for one in headline),
+        hybrid_weight=found.results.get("run", {}).get("hybrid_weight"),
         results=[sections.split_results(found.results, split) for split in order],
         training=training,
         gates=gates,

@@ -5,13 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from mmfusion.retrieval.examples import choose, held_against, main_metric, shown_at_first, shown_first
 from mmfusion.retrieval.html import curves, figures, gallery, tables
 from mmfusion.retrieval.html.figures import Figure, series_colour, view_colour
 from mmfusion.retrieval.html.gallery import Gallery, Row
-from mmfusion.retrieval.html.labels import tones
-from mmfusion.retrieval.html.numbers import counts, metric_title, shown_first
+from mmfusion.retrieval.html.numbers import metric_title
 from mmfusion.retrieval.records import Records
-from mmfusion.retrieval.report import FIRST, in_column, label_columns, primary_view
+from mmfusion.retrieval.report import in_column, label_columns, primary_view
+from mmfusion.retrieval.significance import Paired, corrected, paired
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,7 @@ class Focus:
         views = tables.ordered(results[split])
         named = results.get("run", {}).get("primary")
         primary = named if named in views else primary_view(views)
-        against = next((view for view in ("text", "bm25") if view in views and view != primary), None)
-        column = label_columns([results[split][primary]])[0]
-        name = shown_first(in_column(results[split][primary], column))[0]
-        return cls(split, views, primary, against, f"{column}/{name}")
+        return cls(split, views, primary, held_against(primary, views), main_metric(results[split][primary]))
 
     @property
     def column(self) -> str:
@@ -43,36 +43,54 @@ class Focus:
         return [self.primary] if self.against is None else [self.primary, self.against]
 
 
-def headline(results: Mapping[str, Any], focus: Focus) -> list[dict[str, Any]]:
-    """The primary view's first metrics, each with the difference from what it is held against."""
-    views = {view: in_column(results[focus.split][view], focus.column) for view in focus.compared}
-    ours = views[focus.primary]
-    shown = [name for name in shown_first(ours) if not name.startswith("judged")]
-    other = views.get(focus.against or "", {})
+def headline(found: Records, focus: Focus) -> list[dict[str, Any]]:
+    """The primary view's first metrics, each with a test against what it is held against: {"title", "cell", "other",
+    "test"}; "other" and "test" are None where there is nothing to hold it against."""
+    views = {view: in_column(found.results[focus.split][view], focus.column) for view in focus.compared}
+    shown = [name for name in shown_first(views[focus.primary]) if not name.startswith("judged")]
+    tests = _tests(found, focus, shown)
     return [
         {
             "title": metric_title(name),
-            "cell": ours[name],
-            "other": other.get(name),
-            "difference": _difference(ours[name], other.get(name)),
+            "cell": views[focus.primary][name],
+            "other": views.get(focus.against or "", {}).get(name),
+            "test": tests.get(name),
         }
         for name in shown
     ]
 
 
+def _tests(found: Records, focus: Focus, names: list[str]) -> dict[str, Paired]:
+    """By metric, corrected for their number; without those that no query has a value of in both views."""
+    if focus.against is None:
+        return {}
+    before, after = (
+        gallery.part(found.per_query, split=focus.split, view=view) for view in (focus.against, focus.primary)
+    )
+    tests = {}
+    for name in names:
+        metric = f"{focus.column}/{name}"
+        values = gallery.numbers(before, metric), gallery.numbers(after, metric)
+        if not np.isnan(values[0] - values[1]).all():
+            tests[name] = paired(focus.against, focus.primary, metric, *values)
+    return dict(zip(tests, corrected(list(tests.values())), strict=True))
+
+
 def split_results(results: Mapping[str, Any], split: str) -> dict[str, Any]:
-    """A split's tables, one per label column, and how many queries its means leave out."""
+    """A split's tables, one per label column, how many queries its means leave out, and remarks on views by name."""
     views = {view: results[split][view] for view in tables.ordered(results[split])}
     about = results.get("run", {})
     columns = {}
     for column in label_columns(views.values()):
-        shares = tables.label_shares(views, column, tones(about.get("gains", {}).get(column, {})))
+        shares = tables.label_shares(views, column, about.get("gains", {}).get(column, {}).get("gains") or {})
         columns[column] = tables.overview({view: in_column(views[view], column) for view in views}, shares)
     left_out: dict[int, list[str]] = {}
     for name, queries in about.get("left_out", {}).items():
         if name.startswith(f"{split}/"):
             left_out.setdefault(queries, []).append(name.removeprefix(f"{split}/"))
-    return {"split": split, "columns": columns, "every": tables.every_metric(views), "left_out": left_out}
+    remarks = {"hybrid_sum": "weight chosen here"} if split == "val" and "hybrid_sum" in views else {}
+    every = tables.every_metric(views)
+    return {"split": split, "columns": columns, "every": every, "left_out": left_out, "remarks": remarks}
 
 
 def training(log: Mapping[str, curves.Curve], spans: list[curves.Stage], focus: Focus) -> dict[str, list[Figure]]:
@@ -137,23 +155,18 @@ def galleries(found: Records, focus: Focus) -> tuple[list[Gallery], dict[str, An
     metrics = [f"{focus.column}/{name}" for name in shown]
     values = {view: gallery.values(table, metrics) for view, table in per_query.items()}
     texts = gallery.texts(per_query[focus.primary])
-    ours = values[focus.primary].get(focus.metric, {})
-    theirs = values[focus.against].get(focus.metric, {}) if focus.against else {}
-    gained, lost, order = gallery.extremes(ours, theirs)
-    by = metric_title(focus.metric.rpartition("/")[2])
-    kinds = [Gallery("Drawn at random", "the same queries every time", gallery.drawn(sorted(texts)))]
-    if focus.against and theirs:
-        kinds = [
-            Gallery(f"{focus.primary} gains most over {focus.against}", f"by {by}", gained),
-            Gallery(f"{focus.primary} loses most to {focus.against}", f"by {by}", lost),
-            *kinds,
-        ]
-    kinds = [kind for kind in kinds if kind.query_ids]
+    ids = list(texts)
+    chosen = choose(*(gallery.numbers(per_query[view], focus.metric) for view in focus.compared))
+    by = f"by {metric_title(focus.metric.rpartition('/')[2])}"
+    kinds = [
+        Gallery(title, "the same queries every time" if rows is chosen.drawn else by, [ids[row] for row in rows])
+        for title, rows in chosen.galleries(focus.primary, focus.against).items()
+    ]
     rankings = gallery.part(found.rankings, split=focus.split)
     lists = {view: gallery.part(rankings, view=view) for view in focus.views}
-    rows = [Row(view, listed, values[view], _at_first(view, focus)) for view, listed in lists.items() if len(listed)]
+    rows = [Row(view, listed, values[view], shown_at_first(view)) for view, listed in lists.items() if len(listed)]
     gains = {focus.column: {}, **found.results.get("run", {}).get("gains", {})}
-    ordered = {one: texts[one] for one in [*order, *texts]}
+    ordered = {ids[row]: texts[ids[row]] for row in chosen.order}
     return kinds, gallery.gallery_data(ordered, rows, kinds, [found.products], gains)
 
 
@@ -162,15 +175,6 @@ def log_of(home: Path) -> tuple[dict[str, curves.Curve], list[curves.Stage]]:
     path = home / "metrics.csv"
     log = curves.read_curves(path) if path.is_file() else {}
     return log, curves.stages(log, home / "config.yaml")
-
-
-def _at_first(view: str, focus: Focus) -> bool:
-    return view in (*FIRST, "bm25", *focus.compared)
-
-
-def _difference(ours: Mapping[str, Any], other: Mapping[str, Any] | None) -> float | None:
-    known = other is not None and counts(ours["value"]) and counts(other["value"])
-    return ours["value"] - other["value"] if other is not None and known else None
 
 
 def _series(title: str, found: Mapping[str, curves.Curve], spans: list[curves.Stage], **axis: Any) -> Figure:

@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mmfusion.retrieval.html.numbers import counts, metric_title, shown_first
+from mmfusion.retrieval.examples import shown_first
+from mmfusion.retrieval.html.numbers import counts, metric_title
+from mmfusion.retrieval.labels import share_names, tones
 from mmfusion.retrieval.report import FIRST, in_column
 
 Views = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -59,22 +61,23 @@ def with_best(rows: Mapping[str, Sequence[Mapping[str, Any] | None]], metrics: S
     ]
 
 
-def label_shares(views: Views, column: str, labels: Mapping[str, int]) -> dict[str, Any] | None:
+def label_shares(views: Views, column: str, labels: Mapping[str, float]) -> dict[str, Any] | None:
     """The labels' shares of the first products, one stacked bar per view; None where they were not measured.
 
-    labels: of the column, best first, with their tones (0 best, 3 worst). {"k", "rows": [{"name", "parts":
-    [{"label", "tone", "share"}]}]}; a list shorter than k leaves the rest of its bar blank.
+    labels: what each of the column is worth. {"k", "rows": [{"name", "parts": [{"label", "tone", "share"}]}]}, parts
+    best first, tone 0 best, 3 worst, None not judged; a list shorter than k leaves the rest of its bar blank.
     """
     found = [metric for view in views.values() for metric in in_column(view, column) if metric.startswith("share_")]
     if not found:
         return None
     k = "10" if any(metric.endswith("@10") for metric in found) else found[0].partition("@")[2]
-    tones: dict[str, int | None] = {**labels, "unjudged": None}
+    families = {label: family for family, label in share_names(labels).items()}
+    order: dict[str, int | None] = {**tones(labels), "unjudged": None}
     rows = []
     for name, view in views.items():
-        cells = {label: view.get(f"{column}/share_{label.lower()}@{k}") for label in tones}
+        cells = {label: view.get(f"{column}/{families[label]}@{k}") for label in order}
         parts = [
-            {"label": label, "tone": tones[label], "share": cell["value"]}
+            {"label": label, "tone": order[label], "share": cell["value"]}
             for label, cell in cells.items()
             if cell and counts(cell["value"])
         ]

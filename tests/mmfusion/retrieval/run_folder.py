@@ -12,6 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from mmfusion.retrieval.labels import names
+from mmfusion.retrieval.metrics import shares
+
 LABELS = {"E": 1.0, "S": 0.1, "C": 0.01, "I": 0.0}
 METRICS = ("ndcg@10", "recall@100", "mrr", "precision@10", "judged@10", "map")
 HOSTILE_TITLE = "<script>alert(1)</script>"
@@ -20,13 +23,17 @@ HOSTILE_QUERY = '"><img src=x onerror="document.title=1"> & </script><script>doc
 
 @dataclass
 class Folder:
-    """What a run folder is drawn from. columns: label columns, with labels, or None for a numeric one."""
+    """What a run folder is drawn from. columns: label columns, with labels, or None for a numeric one.
+
+    photos: p1 has none, those of `unkept` are not in products.parquet; False: nothing has one.
+    """
 
     views: Sequence[str] = ("text", "image", "fused", "bm25")
     columns: dict[str, dict[str, float] | None] = field(default_factory=lambda: {"relevance": LABELS})
     queries: Sequence[str] = ("red shirt", "blue shirt", HOSTILE_QUERY, "warm socks")
     titles: Sequence[str] = (HOSTILE_TITLE, *(f"Product {i}" for i in range(14)))
     photos: bool = True
+    unkept: Sequence[int] = ()
     log: bool = True
     extras: bool = True
     seed: int = 0
@@ -42,15 +49,14 @@ class Folder:
         (path / "results.json").write_text(json.dumps(self._results(per_query)))
         if self.log:
             (path / "metrics.csv").write_text(log(self.views))
-            (path / "config.yaml").write_text("model:\n  stages:\n    adapt: {}\n    fuse: {}\n")
+            (path / "config.yaml").write_text("model:\n  dim: 8\n  stages:\n    adapt: {}\n    fuse: {}\n")
         return path
 
     def _names(self) -> list[str]:
-        shares = [f"share_{label.lower()}@10" for label in LABELS] + ["share_unjudged@10"]
         return [
             f"{column}/{name}"
             for column, labels in self.columns.items()
-            for name in [*METRICS, *(shares if labels else [])]
+            for name in [*METRICS, *(f"{family}@10" for family in (shares(labels) if labels else []))]
         ]
 
     def _per_query(self) -> pa.Table:
@@ -86,15 +92,17 @@ class Folder:
     def _judged(self) -> dict[str, Any]:
         judged: dict[str, Any] = {}
         for column, labels in self.columns.items():
-            gains: dict[str, float] = labels or {f"{gain:g}": gain for gain in (0.0, 0.5, 2.0)}
-            label = [*gains, None][self.random.integers(len(gains) + 1)]
-            judged |= {f"label/{column}": label, f"gain/{column}": gains[label] if label is not None else None}
+            named = names(labels) if labels else {gain: f"{gain:g}" for gain in (0.0, 0.5, 2.0)}
+            gain = [*named, None][self.random.integers(len(named) + 1)]
+            judged |= {f"label/{column}": None if gain is None else named[gain], f"gain/{column}": gain}
         return judged
 
     def _products(self) -> pa.Table:
         ids = [f"p{i}" for i in range(len(self.titles))]
-        photos = [photo(i) if self.photos and i != 1 else None for i in range(len(ids))]
-        return pa.table({"product_id": ids, "title": list(self.titles), "photo": pa.array(photos, pa.binary())})
+        has_photo = [self.photos and i != 1 for i in range(len(ids))]
+        photos = [photo(i) if has_photo[i] and i not in self.unkept else None for i in range(len(ids))]
+        about = {"product_id": ids, "title": list(self.titles), "has_photo": has_photo}
+        return pa.table(about | {"photo": pa.array(photos, pa.binary())})
 
     def _results(self, per_query: pa.Table) -> dict[str, Any]:
         results: dict[str, Any] = {"val": {}, "test": {}}
@@ -111,7 +119,8 @@ class Folder:
         primary = "fused" if "fused" in self.views else self.views[0]
         results["run"] = {
             "seed": 1, "commit": "a5a6e9a9219e", "manifest": "d7f164addb", "data": "/data/shop", "gains": gains,
-            "checkpoint": "runs/x/checkpoints/best.ckpt", "primary": primary, "left_out": {f"test/{metric}": 1},
+            "checkpoint": "runs/x/checkpoints/best.ckpt", "primary": primary, "hybrid_weight": 0.3,
+            "left_out": {f"test/{metric}": 1},
         }  # fmt: skip
         return results
 

@@ -15,10 +15,10 @@ from mmfusion.retrieval.comparison import compare_runs
 from mmfusion.retrieval.html import gallery, write_comparison, write_report
 from mmfusion.retrieval.html.curves import Stage, clipped, gates, read_curves, stages
 from mmfusion.retrieval.html.figures import MAX_VALUES, plain, scatter, slice_dots
-from mmfusion.retrieval.html.labels import letters, tones
-from mmfusion.retrieval.html.numbers import interval, metric_title, number, shown_first, signed
+from mmfusion.retrieval.html.numbers import interval, metric_title, number, signed
 from mmfusion.retrieval.html.page import as_json, write_page
 from mmfusion.retrieval.html.tables import overview
+from mmfusion.retrieval.significance import corrected, paired
 from tests.mmfusion.retrieval.run_folder import HOSTILE_QUERY, HOSTILE_TITLE, LABELS, Folder
 
 CSP = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -121,7 +121,7 @@ def test_what_a_catalogue_says_is_never_markup(made: str, request: pytest.Fixtur
     assert HOSTILE_QUERY not in page.text
     assert not {"b", "i", "img"} & {tag for tag, _ in page.elements}
     gallery = page.data["gallery"]
-    assert HOSTILE_TITLE in [title for _, title, _ in gallery["products"]]
+    assert HOSTILE_TITLE in [title for _, title, *_ in gallery["products"]]
     assert HOSTILE_QUERY in [text for _, text in gallery["queries"]]
     assert not re.search("[<>&]", page.scripts[0])
 
@@ -162,7 +162,16 @@ def test_headline_is_the_primary_view_against_text(folder: Path, page: Page) -> 
     ours, text = (test[view]["relevance/ndcg@10"]["value"] for view in ("fused", "text"))
     words = " ".join(page.written.split())
     shown = interval(test["fused"]["relevance/ndcg@10"])
-    assert f"nDCG@10 {number(ours)} {shown} text {number(text)}, {signed(ours - text)}" in words
+    rows = [row for row in pq.read_table(folder / "per_query.parquet").to_pylist() if row["split"] == "test"]
+    metrics = [f"relevance/{name}" for name in ("ndcg@10", "recall@100", "mrr", "precision@10")]
+    before, after = (
+        [np.array([row[metric] for row in rows if row["view"] == view], float) for metric in metrics]
+        for view in ("text", "fused")
+    )
+    tests = corrected([paired("text", "fused", *values) for values in zip(metrics, before, after, strict=True)])
+    assert f"nDCG@10 {number(ours)} {shown} text {number(text)}; {tests[0].verdict}" in words
+    assert all(test.verdict in words for test in tests)
+    assert "Holm-corrected over the 4 tests shown" in words
     assert "moe / 20261122-100831" in words
     assert "a5a6e9a" in words
     assert "1 query is left out of the mean of relevance/ndcg@10" in words
@@ -279,8 +288,8 @@ def test_lists_are_those_of_the_rankings(folder: Path, page: Page) -> None:
             assert [found["products"][place][0] for place in listed[:, 0]] == [one["product_id"] for one in expected]
             marks = [found["columns"][0]["marks"][place]["label"] if place >= 0 else None for place in listed[:, 1]]
             assert marks == [one["label/relevance"] for one in expected]
-    assert len({product_id for product_id, _, _ in found["products"]}) == len(found["products"])
-    assert [product_id for product_id, _, photo in found["products"] if photo is None] == ["p1"]
+    assert len({product_id for product_id, *_ in found["products"]}) == len(found["products"])
+    assert [(product[0], product[3]) for product in found["products"] if product[2] is None] == [("p1", False)]
 
 
 def test_a_view_without_lists_is_in_the_table_alone(folder: Path) -> None:
@@ -313,19 +322,95 @@ def test_galleries_show_the_largest_differences_from_text(tmp_path: Path) -> Non
 def test_a_page_keeps_the_values_of_all_queries_and_lists_of_some(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gallery, "LISTED", 3)
-    data = Page(write_report(Folder(queries=[f"query {i}" for i in range(20)]).write(tmp_path / "run"))).data["gallery"]
-    assert len(data["queries"]) == len(data["values"][0]) == 20
-    assert [len(row) for row in data["lists"]] == [3] * 4
+    made = Folder(queries=[f"query {i}" for i in range(60)], views=("text", "fused", "bm25", "random"))
+    folder = made.write(tmp_path / "run")
+    monkeypatch.setattr(gallery, "LISTS", 240)
+    page = Page(write_report(folder))
+    assert [len(row) for row in page.data["gallery"]["lists"]] == [60] * 4
+    assert "rankings.parquet" not in page.written
+    monkeypatch.setattr(gallery, "LISTS", 90)
+    page = Page(write_report(folder))
+    data = page.data["gallery"]
+    shown = len({query for places in data["galleries"] for query in places})
+    assert [len(row) for row in data["lists"]] == [30, 30, 30, shown]
+    assert len(data["queries"]) == len(data["values"][0]) == 60
+    assert "the products of 30 of 60 queries" in page.written
+    assert f"The products of random are here for the {shown} queries of the galleries." in page.written
 
 
-def test_letters_tell_labels_apart() -> None:
-    assert letters(dict.fromkeys("ESCI", 0)) == {label: label for label in "ESCI"}
-    assert letters({"Exact": 0, "Partial": 1, "Irrelevant": 3}) == {"Exact": "E", "Partial": "P", "Irrelevant": "I"}
-    assert letters({"good": 0, "great": 1, "go": 2}) == {"good": "goo", "great": "gr", "go": "go"}
-    assert tones({"gains": LABELS}) == {"E": 0, "S": 1, "C": 2, "I": 3}
-    assert tones({"gains": {"no": 0.0, "yes": 1.0}}) == {"yes": 0, "no": 3}
-    assert tones({"gains": None, "positive_from": 1.0}) == {}
+@pytest.mark.parametrize(
+    ("shown", "queries", "galleries", "expected"),
+    [
+        ([True] * 4 + [False] * 3, 2_000, 15, [2_000] * 7),
+        ([True] * 4 + [False] * 3, 2_001, 15, [2_001] * 4 + [15] * 3),
+        ([True] * 4 + [False] * 3, 90_000, 15, [3_500] * 4 + [15] * 3),
+        ([True, True], 90_000, 10, [7_000, 7_000]),
+        ([True] * 26, 90_000, 600, [600] * 26),
+        ([], 0, 0, []),
+    ],
+)
+def test_rows_that_are_hidden_at_first_give_their_room_to_more_queries(
+    shown: list[bool], queries: int, galleries: int, expected: list[int]
+) -> None:
+    assert gallery.held(shown, queries, galleries) == expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "bars", "shown"),
+    [
+        ({"E": 1.0, "C": 0.0, "I": 0.0}, ["E", "C+I", "unjudged"], {("E", "E", 0), ("C+I", "C+I", 3)}),
+        ({"Good": 1.0, "gOOD": 0.5}, ["Good", "gOOD", "unjudged"], {("Good", "G", 0), ("gOOD", "g", 3)}),
+    ],
+)
+def test_labels_of_one_gain_or_one_spelling_have_their_bars_and_marks(
+    labels: dict[str, float], bars: list[str], shown: set[tuple[str, str, int]], tmp_path: Path
+) -> None:
+    folder = Folder(columns={"relevance": labels}).write(tmp_path / "run")
+    page = Page(write_report(folder))
+    titles = [a["title"] for _, a in page.elements if (a.get("class") or "").startswith("part tone-")]
+    assert [str(title).split()[0] for title in titles[:3]] == bars
+    results = json.loads((folder / "results.json").read_text())["test"]["text"]
+    shares = [cell["value"] for name, cell in results.items() if "share_" in name]
+    assert [str(title) for title in titles[:3]] == [
+        f"{name} {100 * share:.1f} %" for name, share in zip(bars, shares, strict=True)
+    ]
+    (column,) = page.data["gallery"]["columns"]
+    assert {(mark["label"], mark["letter"], mark["tone"]) for mark in column["marks"]} == shown
+
+
+def test_photos_that_found_no_room_are_told_from_those_that_do_not_exist(tmp_path: Path) -> None:
+    page = Page(write_report(Folder(unkept=(2,)).write(tmp_path / "run")))
+    found = {product[0]: (product[2] is not None, product[3]) for product in page.data["gallery"]["products"]}
+    assert (found["p0"], found["p1"], found["p2"]) == ((True, True), (False, False), (False, True))
+
+
+def test_an_older_folder_has_the_photos_that_it_kept(folder: Path) -> None:
+    path = folder / "products.parquet"
+    pq.write_table(pq.read_table(path).drop_columns("has_photo"), path)
+    products = Page(write_report(folder)).data["gallery"]["products"]
+    assert [product[0] for product in products if not product[3]] == ["p1"]
+    assert all(product[3] is (product[2] is not None) for product in products)
+
+
+def test_calibration_names_its_label_column(tmp_path: Path) -> None:
+    made = Folder(columns={"desirability": LABELS, "relevance": LABELS})
+    words = " ".join(Page(write_report(made.write(tmp_path / "run"))).written.split())
+    assert "Relevant by the label column desirability ." in words
+
+
+def test_the_hybrid_whose_weight_was_chosen_on_val_says_so_there(tmp_path: Path) -> None:
+    made = Folder(views=("text", "fused", "bm25", "hybrid_sum"), extras=False)
+    page = Page(write_report(made.write(tmp_path / "run")))
+    named = [row[0] for table in page.tables for row in table[1:] if row[0].startswith("hybrid_sum")]
+    assert named == ["hybrid_sum", "hybrid_sum (weight chosen here)"], "test's table, then val's"
+    words = " ".join(page.written.split())
+    assert words.count("is the best one on these very queries") == 1
+    assert "the weight of bm25, .300, is the best" in words
+
+
+def test_a_text_run_is_tested_against_bm25(tmp_path: Path) -> None:
+    words = " ".join(Page(write_report(Folder(views=("text", "bm25")).write(tmp_path / "run"))).written.split())
+    assert re.search(r"bm25 \.\d{3}; text (and bm25 do not differ significantly|is (better|worse) by)", words)
 
 
 def test_numbers_read_as_on_the_terminal() -> None:
@@ -340,14 +425,12 @@ def test_numbers_read_as_on_the_terminal() -> None:
     assert [signed(value) for value in (0.021, -0.5, None)] == ["+.021", "−.500", "–"]
     assert interval({"value": 0.5, "low": 0.4, "high": 0.61}) == "[.400, .610]"
     assert interval({"value": 0.5}) == ""
-    assert [metric_title(name) for name in ("ndcg@10", "mrr", "share_e@10", "new@5")] == [
+    assert [metric_title(name) for name in ("ndcg@10", "mrr", "share_c+i@10", "new@5")] == [
         "nDCG@10",
         "MRR",
-        "Share E@10",
+        "Share c+i@10",
         "new@5",
     ]
-    assert shown_first(["map", "mrr", "ndcg@10"]) == ["ndcg@10", "mrr"]
-    assert shown_first(["a", "b"]) == ["a", "b"]
 
 
 def test_a_slice_of_many_values_shows_those_of_most_queries() -> None:
@@ -372,6 +455,7 @@ def test_a_comparison_tells_verdicts_and_every_query(comparison: Page, tmp_path:
     words = " ".join(comparison.written.split())
     assert all(test.verdict in words for test in made.paired)
     assert made.paired
+    assert f"Holm-corrected over the {len(made.paired)} tests shown" in words
     assert made.per_query is not None
     found = comparison.data["differences"]
     assert found["queries"] == [
@@ -384,6 +468,16 @@ def test_a_comparison_tells_verdicts_and_every_query(comparison: Page, tmp_path:
     gallery = comparison.data["gallery"]
     assert [gallery["queries"][place][0] for place in gallery["galleries"][0]] == gains
     assert gallery["rows"] == [run.name for run in made.runs]
+
+
+def test_galleries_leave_out_runs_on_other_data(tmp_path: Path) -> None:
+    runs = [Folder(seed=seed).write(tmp_path / str(seed) / "v") for seed in (1, 2, 3)]
+    results = json.loads((runs[1] / "results.json").read_text())
+    results["run"]["manifest"] = "another"
+    (runs[1] / "results.json").write_text(json.dumps(results))
+    page = Page(write_comparison(compare_runs(runs), tmp_path / "compare.html"))
+    assert page.data["gallery"]["rows"] == ["A 1", "C 3"]
+    assert page.data["differences"]["letters"] == ["A", "C"]
 
 
 def test_runs_without_records_compare_by_their_numbers(tmp_path: Path) -> None:
@@ -405,3 +499,13 @@ def test_a_page_replaces_the_old_one_whole(tmp_path: Path) -> None:
         write_page(path, "\ud800")
     assert path.read_text() == "two"
     assert len(list(path.parent.iterdir())) == 1
+    with pytest.raises(ValueError, match=r"new is a folder; expected the name of a file"):
+        write_page(path.parent, "three")
+
+
+def test_a_comparison_needs_the_name_of_a_file(tmp_path: Path) -> None:
+    runs = [Folder(seed=seed).write(tmp_path / str(seed) / "v") for seed in (1, 2)]
+    comparison = compare_runs(runs)
+    shutil.rmtree(runs[0])  # what a gallery would be read from
+    with pytest.raises(ValueError, match=r"is a folder; expected the name of a file, such as .*html"):
+        write_comparison(comparison, tmp_path)

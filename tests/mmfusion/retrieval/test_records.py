@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from datamodules.importers.catalogue import convert
 from datamodules.tuples import TupleDataModule
 from mmfusion.retrieval import records
 from mmfusion.retrieval.breakdown import breakdown
@@ -16,6 +17,7 @@ from mmfusion.retrieval.evaluation import BASELINES, Evaluation, ViewResult, add
 from mmfusion.retrieval.ranking import Ranking
 from mmfusion.retrieval.report import write_results
 from mmfusion.retrieval.topk import TopK, tie_ranks
+from tests.datamodules.small import small_catalogue
 from tests.ddp import run_ranks
 from tests.small_run import small_data, small_shards
 
@@ -85,20 +87,45 @@ def _judged(data: TupleDataModule) -> list[tuple[str, str, float]]:
     ]
 
 
-def test_photos_stop_where_there_is_no_room_and_start_with_what_differs_most(shards, tmp_path):
+def test_photos_are_small_and_products_without_one_are_known(shards, tmp_path):
     data = opened(shards)
-    results = drawn_results(data)
+    write_results(tmp_path / "results.json", {})
+    with_photo = dict(zip(data.product_ids(), data.has_photo().tolist(), strict=True))
+    assert set(with_photo.values()) == {True, False}
     for mib in (0.0, 1.0):
-        write_results(tmp_path / "results.json", {})
-        records.write(tmp_path, results, "fused", data, photos_mib=mib)
+        records.write(tmp_path, drawn_results(data), "fused", data, photos_mib=mib)
         rows = records.read(tmp_path).products.to_pylist()
-        with_photo = dict(zip(data.product_ids(), data.has_photo(), strict=True))
-        assert [row["photo"] is not None for row in rows] == [mib > 0 and with_photo[row["product_id"]] for row in rows]
+        assert [row["has_photo"] for row in rows] == [with_photo[row["product_id"]] for row in rows]
+        assert [row["photo"] is not None for row in rows] == [mib > 0 and row["has_photo"] for row in rows]
     assert max(Image.open(io.BytesIO(row["photo"])).size[0] for row in rows if row["photo"]) <= records.PHOTO_SIDE
-    test = results["test"]
-    difference = np.abs(test["fused"].per_query["relevance/ndcg@10"] - test["text"].per_query["relevance/ndcg@10"])
-    first = test["text"].top.ids[int(difference.argmax()), 0]
-    assert rows[0]["product_id"] == data.product_ids()[first]
+
+
+def test_photos_stop_at_the_one_that_would_exceed_their_room(shards, tmp_path):
+    data = opened(shards)
+    write_results(tmp_path / "results.json", {})
+    records.write(tmp_path, drawn_results(data), "fused", data, photos_mib=1)
+    sizes = [len(row["photo"] or b"") for row in records.read(tmp_path).products.to_pylist()]
+    some = int(np.flatnonzero(sizes)[7])
+    for room, kept in ((sum(sizes[: some + 1]), 8), (sum(sizes[: some + 1]) - 1, 7)):
+        records.write(tmp_path, drawn_results(data), "fused", data, photos_mib=room / 2**20)
+        found = [len(row["photo"] or b"") for row in records.read(tmp_path).products.to_pylist()]
+        assert np.count_nonzero(found) == kept
+        assert sum(found) <= room
+        assert found[:some] == sizes[:some]
+
+
+def test_labels_worth_the_same_are_shown_as_one(tmp_path):
+    gains = {"relevance": {"E": 1.0, "S": 0.0, "I": 0.0}}
+    convert(str(small_catalogue(tmp_path / "catalogue")), str(tmp_path / "shards"), gains=gains)
+    data = opened(tmp_path / "shards")
+    results = drawn_results(data)
+    write_results(tmp_path / "results.json", {})
+    records.write(tmp_path, results, "fused", data, photos_mib=0)
+    found = records.read(tmp_path)
+    assert set(found.rankings["label/relevance"].to_pylist()) == {"E", "S+I"}
+    shown = [row for row in found.rankings.to_pylist() if row["split"] == "test" and row["view"] == "text"]
+    share = np.mean([row["label/relevance"] == "S+I" for row in shown])
+    assert results["test"]["text"].metrics["relevance/share_s+i@10"]["value"] == pytest.approx(share)
 
 
 def test_an_incomplete_folder_says_what_to_do(tmp_path):

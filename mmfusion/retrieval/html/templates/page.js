@@ -79,7 +79,7 @@
   const texts = gallery.queries.map(query => query[1].toLowerCase());
   const primary = gallery.metrics.indexOf(page.primary);
   const stride = 1 + gallery.columns.length;
-  const textual = !gallery.products.some(product => product[2]);
+  const textual = !gallery.products.some(product => product[3]);
   const valueOf = (row, query) => primary < 0 ? null : gallery.values[row][query][primary];
   let column = 0;
 
@@ -88,7 +88,7 @@
     return found || {label: "not judged", letter: "–", tone: "none"};
   }
   function tile(list, at) {
-    const [id, title, photo] = gallery.products[list[at]];
+    const [id, title, photo, hasPhoto] = gallery.products[list[at]];
     const ours = gallery.columns.length ? mark(list[at + 1 + column], column) : mark(-1);
     const labels = gallery.columns.map((one, place) => `${one.name}: ${mark(list[at + 1 + place], place).label}`);
     const frame = make("div", photo ? "frame" : "frame without");
@@ -98,7 +98,7 @@
       image.alt = title || id;
       frame.append(image);
     } else if (!textual) {
-      frame.append(make("span", "missing", "no photo"));
+      frame.append(make("span", "missing", hasPhoto ? "photo not kept" : "no photo"));
     }
     frame.append(make("span", "mark", ours.letter));
     const whole = make("figure", `tile tone-${ours.tone}`, frame, make("figcaption", "", title || id));
