@@ -62,13 +62,13 @@ def with_best(rows: Mapping[str, Sequence[Mapping[str, Any] | None]], metrics: S
 
 
 def label_shares(views: Views, column: str, labels: Mapping[str, float]) -> dict[str, Any] | None:
-    """The labels' shares of the first products, one stacked bar per view; None where they were not measured.
+    """The labels' shares of the first products, a stacked bar per view; None where labels are numbers or not measured.
 
     labels: what each of the column is worth. {"k", "rows": [{"name", "parts": [{"label", "tone", "share"}]}]}, parts
     best first, tone 0 best, 3 worst, None not judged; a list shorter than k leaves the rest of its bar blank.
     """
     found = [metric for view in views.values() for metric in in_column(view, column) if metric.startswith("share_")]
-    if not found:
+    if not found or not labels:
         return None
     k = "10" if any(metric.endswith("@10") for metric in found) else found[0].partition("@")[2]
     families = {label: family for family, label in share_names(labels).items()}
