@@ -44,7 +44,7 @@ compare: setup   ## RUNS="runs/a runs/b [other.run]" [SPLIT=test] [OUT=page.html
 
 bench: bench-eval  ## every benchmark
 
-bench-eval: .venv/.bench  ## exact search and metrics against their peers (10 minutes)
+bench-eval: .venv/.bench  ## exact search and metrics against their peers (5 minutes)
 	@$(BIN)/python experiments/bench/evaluation.py $(ARGS)
 
 .venv/.bench: .venv/.ready
