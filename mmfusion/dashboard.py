@@ -19,9 +19,9 @@ from typing import Any
 
 from PIL import Image
 
-from mmfusion.gallery import Product, example_queries, example_views, first_products, rows_of
+from mmfusion.gallery import Product, example_queries, example_views, first_products
 from mmfusion.retrieval.examples import FIRST_PRODUCTS, main_metric
-from mmfusion.retrieval.records import PHOTO_SIDE, Records, read
+from mmfusion.retrieval.records import PHOTO_SIDE, Records, part, read
 from mmfusion.retrieval.report import View, splits
 
 RESULT_COLUMNS = ("view", "metric", "value", "low", "high")
@@ -103,7 +103,7 @@ def _examples(records: Records, split: str) -> tuple[list[str], list[list[Any]]]
     """Columns and rows: the query, the galleries that show it, a view, its main metric and its first products."""
     metric = main_metric(records.results[split][records.results["run"]["primary"]])
     chosen = example_queries(records, split)
-    per_query = rows_of(records.per_query, split, query_id=list(chosen)).to_pylist()
+    per_query = part(records.per_query, split=split, query_id=list(chosen)).to_pylist()
     of_view = {(row["query_id"], row["view"]): row for row in per_query}
     products, views = first_products(records, split, list(chosen)), example_views(records, split)
     rows = []

@@ -92,7 +92,7 @@ class FeatureMemo:
         parts = []
         for group in groups:
             some = [rows[place] for place in group]
-            parts.append(_rows(self._shorten(encode(some + some[:1] * (ROWS - len(some)))), len(some)))
+            parts.append(_rows(self._shorten(encode(_filled(some))), len(some)))
         length = max(part.mask.shape[1] for part in parts)
         longest = [_lengthen(part, length) for part in parts]
         joined = Encoded(*(torch.cat([getattr(part, f.name) for part in longest]) for f in fields(Encoded)))
@@ -148,9 +148,14 @@ def in_parts(encoded: dict[str, Encoded], count: int) -> Iterator[tuple[dict[str
     """
     for start in range(0, count, ROWS):
         rows = [*range(start, min(start + ROWS, count))]
-        filled = rows + rows[:1] * (ROWS - len(rows))
+        filled = _filled(rows)
         part = {name: _pick(of_modality, filled) for name, of_modality in encoded.items()}
         yield part, torch.tensor(filled), len(rows)
+
+
+def _filled(rows: list[int]) -> list[int]:
+    """ROWS rows, the first one again and again after the last."""
+    return rows + rows[:1] * (ROWS - len(rows))
 
 
 def token_keys(encoder: TextEncoder, texts: list[str]) -> list[Key]:

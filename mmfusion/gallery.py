@@ -1,11 +1,10 @@
 """The galleries of a run's report, from its records: queries with the photos of their first products, view by view."""
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmfusion.retrieval.examples import FIRST_PRODUCTS, choose, held_against, main_metric, shown_at_first
-from mmfusion.retrieval.records import Records
+from mmfusion.retrieval.records import Records, part
 
 Product = tuple[str, bytes | None]  # caption, JPEG
 
@@ -14,7 +13,7 @@ def example_queries(records: Records, split: str) -> dict[str, str]:
     """Query ids, and the titles of the report's galleries that show them."""
     views, primary = records.results[split], records.results["run"]["primary"]
     metric, against = main_metric(views[primary]), held_against(primary, views)
-    tables = [rows_of(records.per_query, split, view=[view]) for view in (primary, against) if view]
+    tables = [part(records.per_query, split=split, view=view) for view in (primary, against) if view]
     chosen = choose(*(table[metric].to_numpy().astype(np.float64) for table in tables))
     found: dict[str, list[str]] = {}
     for title, rows in chosen.galleries(primary, against).items():
@@ -33,7 +32,7 @@ def first_products(records: Records, split: str, queries: list[str]) -> dict[tup
 
     Where there is no photo it says `no photo`; `photo not kept` where the catalogue has one and the records do not.
     """
-    shown = rows_of(records.rankings, split, query_id=queries, view=example_views(records, split))
+    shown = part(records.rankings, split=split, query_id=queries, view=example_views(records, split))
     shown = shown.filter(pc.less_equal(shown["rank"], FIRST_PRODUCTS)).sort_by("rank")
     kept = pc.is_in(records.products["product_id"], shown["product_id"].combine_chunks())
     products = {row["product_id"]: row for row in records.products.filter(kept).to_pylist()}
@@ -46,11 +45,3 @@ def first_products(records: Records, split: str, queries: list[str]) -> dict[tup
             said.append("photo not kept" if product["has_photo"] else "no photo")
         found.setdefault((row["query_id"], row["view"]), []).append((" · ".join(said), product["photo"]))
     return found
-
-
-def rows_of(table: pa.Table, split: str, **among: list[str]) -> pa.Table:
-    """The rows of a split whose named columns hold one of the given values."""
-    kept = pc.equal(table["split"], split)
-    for name, values in among.items():
-        kept = pc.and_(kept, pc.is_in(table[name], pa.array(values, pa.string())))
-    return table.filter(kept)

@@ -24,6 +24,7 @@ from mmfusion.losses import InfoNCE, Loss, Pairs, identity_pairs, match_pairs
 from mmfusion.optim import Optim
 from mmfusion.reach import TERM_VIEWS, reached, sides
 from mmfusion.retrieval.evaluation import VALIDATION, Evaluation, ViewResult, add_baselines, measured
+from mmfusion.retrieval.examples import main_metric
 from mmfusion.retrieval.ranking import Collector, rank_corpus
 from mmfusion.retrieval.slices import find_columns
 from mmfusion.retrieval.topk import tie_ranks
@@ -339,8 +340,8 @@ class RetrievalModule(StagedModule):
             for view, result in views.items():
                 values = {f"{split}/{view}/{name}{corpus}": cell["value"] for name, cell in result.metrics.items()}
                 self.log_dict(values)
-            main = next(name for name in views[self.primary].metrics if name.endswith("ndcg@10"))
-            self.log(f"{split}/primary", views[self.primary].metrics[main]["value"])
+            primary = views[self.primary].metrics
+            self.log(f"{split}/primary", primary[main_metric(primary)]["value"])
 
     def on_test_epoch_end(self) -> None:
         tie = self._evaluate(self.evaluation)

@@ -8,13 +8,12 @@ from mmfusion.batch import RetrievalData
 from mmfusion.module import RetrievalModule
 from mmfusion.retrieval import records
 from mmfusion.retrieval.breakdown import breakdown
-from mmfusion.retrieval.evaluation import ViewResult
+from mmfusion.retrieval.evaluation import TOLD, ViewResult
 from mmfusion.retrieval.html import write_report
 from mmfusion.retrieval.report import RESERVED, print_table, write_results
 from mmfusion.retrieval.trec import write_qrels, write_run
 
 Metrics = dict[str, dict[str, Any]]
-PROTOCOL = ("depth", "no_positive", "unjudged", "resamples")  # options without which the numbers cannot be read
 
 
 def metrics_of(model: RetrievalModule) -> Metrics:
@@ -36,7 +35,7 @@ def leave(
         "primary": model.primary,
         "left_out": _left_out(model),
         "hybrid_weight": model.hybrid_weight,
-        "evaluation": {name: getattr(model.evaluation, name) for name in PROTOCOL},
+        "evaluation": {name: getattr(model.evaluation, name) for name in TOLD},
     }
     write_results(folder / "results.json", results)  # the numbers first: what explains them may fail, or take long
     results |= breakdown(model.results, data, model.evaluation, [*model.product.views, "bm25"])

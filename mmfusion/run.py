@@ -27,6 +27,7 @@ from mmfusion.options import contract, explained, with_merged_rates
 from mmfusion.outcome import leave, metrics_of, write_trec
 from mmfusion.progress import RunProgress
 from mmfusion.retrieval.report import read_results, write_results
+from mmfusion.retrieval.side import home
 from mmfusion.stages import StageSwitch
 
 # Options of Lightning's trainer that a run of this project decides itself.
@@ -222,13 +223,13 @@ def _hybrid_weight(run: Path) -> float | None:
 def data_of(run: Path) -> RetrievalData:
     """The data that a run, or an evaluation under its eval/, was evaluated on. Raises ValueError where it changed."""
     about = read_results(run / "results.json")["run"]
-    home = Path(about["folder"])
+    own = home(run)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningDataModule, "data")
-    config = yaml.safe_load(_config_of(home).read_text(encoding="utf-8"))["data"]
+    config = yaml.safe_load(_config_of(own).read_text(encoding="utf-8"))["data"]
     config["init_args"] |= {"path": about["data"], "test_splits": None}
     data = parser.instantiate_classes(parser.parse_object({"data": config})).data
     data.setup("test")
     if data.manifest_hash != about["manifest"]:
-        raise ValueError(f"{about['data']} has changed since {run} was evaluated on it: `make eval RUN={home}` first")
+        raise ValueError(f"{about['data']} has changed since {run} was evaluated on it: `make eval RUN={own}` first")
     return data

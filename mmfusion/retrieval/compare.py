@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmfusion.retrieval.comparison import Comparison, QueryValues
-from mmfusion.retrieval.report import SHOWN, results_table
+from mmfusion.retrieval.report import SHOWN, number, results_table
 from mmfusion.retrieval.significance import Paired
 
 
@@ -58,7 +58,7 @@ def _print_queries(values: QueryValues, console: Console) -> None:
         for title, rows in ((f"{letter} gains most on", gains), (f"{letter} loses most on", losses)):
             table.add_row(Text(title if rows else f"{title} no query", style="bold"))
             for row in rows:
-                numbers = (_number(values.values[run][row]) for run in (baseline, letter))
+                numbers = (number(values.values[run][row]) for run in (baseline, letter))
                 table.add_row(Text(f"  {_visible(values.queries[row])}"), *numbers)
         console.print(table)
 
@@ -78,10 +78,6 @@ def _print_differences(rows: Mapping[str, Sequence[Any]], names: Sequence[str], 
 def _visible(text: str) -> str:
     """On one line, without control characters: what somebody typed into a search box must not steer the terminal."""
     return "".join(char for char in " ".join(text.split()) if unicodedata.category(char) != "Cc")
-
-
-def _number(value: float) -> Text:
-    return Text(f"{value:.3f}".removeprefix("0"))
 
 
 def _print(line: str, console: Console, style: str = "") -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from mmfusion.batch import RetrievalData
+from mmfusion.retrieval.examples import choose
 from mmfusion.retrieval.report import SHOWN, in_column, label_columns, splits
 from mmfusion.retrieval.side import OVERRIDES, Side, differences, from_file, from_folder, home, named, results_of
 from mmfusion.retrieval.significance import Paired, corrected, paired
@@ -46,12 +47,8 @@ class QueryValues:
 
     def extremes(self, letter: str, count: int = 5) -> tuple[list[int], list[int]]:
         """Positions of the queries in which the run gains and loses most on the baseline, the most extreme first."""
-        baseline = next(iter(self.values.values()))
-        difference = np.nan_to_num(self.values[letter] - baseline)
-        order = np.argsort(-difference, kind="stable")
-        gains = [int(i) for i in order[:count] if difference[i] > 0]
-        losses = [int(i) for i in np.argsort(difference, kind="stable")[:count] if difference[i] < 0]
-        return gains, losses
+        chosen = choose(self.values[letter], next(iter(self.values.values())), each=count)
+        return chosen.gained, chosen.lost
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ TEST = (
     "ndcg@1", "ndcg@10", "ndcg@100", "recall@10", "recall@100", "recall_capped@100", "precision@10", "map@100", "mrr",
     "hit_rate@10", "err@10", "judged@10", "share@10",
 )  # fmt: skip
+PROTOCOL = ("depth", "no_positive", "unjudged")  # options of Evaluation that change what a query's value is
+TOLD = (*PROTOCOL, "resamples")  # those that results.json tells
 BASELINES = ("bm25", "random", "hybrid_rrf", "hybrid_sum")
 
 

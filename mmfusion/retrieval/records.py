@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmfusion.batch import Judgments, RetrievalData
@@ -46,6 +47,14 @@ def read(folder: Path) -> Records:
     if missing:
         raise ValueError(f"{folder} has no {', '.join(missing)}: evaluate the run again with `make eval RUN=...`")
     return Records(folder, read_results(folder / "results.json"), *(pq.read_table(path) for path in paths.values()))
+
+
+def part(table: pa.Table, **among: str | list[str]) -> pa.Table:
+    """The rows whose named columns hold this value, or one of these: part(rankings, split="test", view=["text"])."""
+    for name, values in among.items():
+        wanted = [values] if isinstance(values, str) else values
+        table = table.filter(pc.is_in(table[name], pa.array(wanted, pa.string())))
+    return table
 
 
 def write(

@@ -52,12 +52,17 @@ def print_table(results: Mapping[str, Any], split: str, console: Console | None 
     if split not in splits(results):
         raise ValueError(f"no split {split!r} in the results; there are: {', '.join(splits(results)) or 'none'}")
     views: dict[str, View] = results[split]
-    order = [view for view in FIRST if view in views] + [view for view in views if view not in FIRST]
     columns = label_columns(views.values())
-    sections = {column: {view: in_column(views[view], column) for view in order} for column in columns}
+    sections = {column: {view: in_column(views[view], column) for view in ordered(views)} for column in columns}
     console = console or Console()
     console.print(f"{split}, with 95 % intervals", highlight=False)
     console.print(results_table(sections))
+
+
+def ordered(views: Iterable[str]) -> list[str]:
+    """text, image and fused first, then the others as they come."""
+    views = list(views)
+    return [view for view in FIRST if view in views] + [view for view in views if view not in FIRST]
 
 
 def label_columns(views: Iterable[View]) -> list[str]:
@@ -90,22 +95,22 @@ def results_table(sections: Mapping[str, Mapping[str, Mapping[str, Cell]]], mark
 
 
 def _cell(cell: Cell | None, best: float | None) -> Text:
-    if cell is None or not _counts(cell["value"]):
+    if cell is None or not counts(cell["value"]):
         return Text("-")
-    text = Text(_number(cell["value"]), style="bold" if cell["value"] == best else "")
-    return text.append(f" [{_number(cell['low'])}, {_number(cell['high'])}]", style="dim not bold")
+    text = Text(number(cell["value"]), style="bold" if cell["value"] == best else "")
+    return text.append(f" [{number(cell['low'])}, {number(cell['high'])}]", style="dim not bold")
 
 
 def _best(cells: Iterable[Cell | None]) -> float | None:
-    return max((cell["value"] for cell in cells if cell and _counts(cell["value"])), default=None)
+    return max((cell["value"] for cell in cells if cell and counts(cell["value"])), default=None)
 
 
-def _counts(value: float | None) -> bool:
+def counts(value: float | None) -> bool:
     """Whether there is a number: the mean over no query is NaN, null in a file."""
     return value is not None and not math.isnan(value)
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """.543, without the zero in front: three metrics with their intervals fit into 80 columns."""
     return f"{value:.3f}".removeprefix("0")
 

@@ -13,7 +13,7 @@ import yaml
 from jaxtyping import Float
 
 from mmfusion.batch import RetrievalData
-from mmfusion.retrieval.evaluation import Evaluation, mean_with_interval
+from mmfusion.retrieval.evaluation import PROTOCOL, TOLD, Evaluation, mean_with_interval
 from mmfusion.retrieval.report import primary_view, read_results, splits
 from mmfusion.retrieval.run_file import Measured, measure_run_file
 
@@ -23,7 +23,6 @@ UNTOLD = re.compile(
 )
 UNTOLD_FACTS = ("folder", "checkpoint", "overrides")  # overrides are told under a key of their own
 OVERRIDES = "eval overrides"
-PROTOCOL = ("depth", "no_positive", "unjudged")  # options of Evaluation that change what a query's value is
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def _protocol(made: Mapping[str, Any]) -> Evaluation:
     default = Evaluation()
     given = {
         name: made.get(f"run.evaluation.{name}", made.get(f"model.evaluation.{name}", getattr(default, name)))
-        for name in ("depth", "no_positive", "unjudged", "resamples")
+        for name in TOLD
     }
     return Evaluation(metrics=[], **given)
 

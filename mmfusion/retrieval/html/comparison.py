@@ -12,10 +12,11 @@ from mmfusion.retrieval.files import file_path
 from mmfusion.retrieval.html import figures, gallery, tables
 from mmfusion.retrieval.html.figures import Figure
 from mmfusion.retrieval.html.gallery import Gallery, Row
-from mmfusion.retrieval.html.numbers import counts, metric_title
+from mmfusion.retrieval.html.numbers import metric_title
 from mmfusion.retrieval.html.page import render, write_page
 from mmfusion.retrieval.html.report import placed
 from mmfusion.retrieval.records import Records
+from mmfusion.retrieval.report import counts
 
 
 def write_comparison(comparison: Comparison, path: Path) -> Path:
@@ -113,6 +114,6 @@ def _most_different_first(per_query: QueryValues) -> list[int]:
 
 def _row(run: Compared, found: Records, comparison: Comparison) -> Row:
     assert comparison.per_query is not None
-    ranking = gallery.part(found.rankings, split=comparison.split, view=run.view)
-    values = gallery.part(found.per_query, split=comparison.split, view=run.view)
+    ranking = records.part(found.rankings, split=comparison.split, view=run.view)
+    values = records.part(found.per_query, split=comparison.split, view=run.view)
     return Row(run.name, ranking, gallery.values(values, [comparison.per_query.metric]))

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from mmfusion.retrieval.html.curves import Curve, Stage
-from mmfusion.retrieval.html.numbers import counts, interval, metric_title, number, signed, whole
+from mmfusion.retrieval.html.numbers import interval, metric_title, number, signed, whole
 from mmfusion.retrieval.html.tables import slice_queries
+from mmfusion.retrieval.report import counts
 
 SERIES = 8  # colours of the style sheet without a meaning
 VIEWS = ("text", "image", "fused", "bm25", "hybrid_rrf", "hybrid_sum", "random")

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from jaxtyping import Float
 
 from mmfusion.retrieval.html.numbers import metric_title, whole
@@ -145,13 +144,6 @@ def values(per_query: pa.Table, metrics: Iterable[str]) -> dict[str, dict[str, f
 def numbers(per_query: pa.Table, metric: str) -> Float[np.ndarray, "query"]:
     """The values of one metric in the table's order; NaN where a mean leaves the query out."""
     return per_query[metric].cast(pa.float64()).to_numpy()
-
-
-def part(table: pa.Table, **equal: str) -> pa.Table:
-    """The rows of a table with these values, as in part(rankings, split="test", view="text")."""
-    for name, value in equal.items():
-        table = table.filter(pc.equal(table[name], value))
-    return table
 
 
 def _lists(

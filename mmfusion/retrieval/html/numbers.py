@@ -1,8 +1,9 @@
 """Numbers and names as a page shows them."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
+
+from mmfusion.retrieval.report import counts
 
 FAMILIES = {
     "ndcg": "nDCG",
@@ -17,11 +18,6 @@ FAMILIES = {
     "judged": "Judged",
 }
 NONE = "–"
-
-
-def counts(value: float | None) -> bool:
-    """Whether there is a number: the mean over no query is null in results.json."""
-    return value is not None and not math.isnan(value)
 
 
 def number(value: float | None) -> str:

@@ -12,8 +12,8 @@ from mmfusion.retrieval.html import curves, figures, gallery, tables
 from mmfusion.retrieval.html.figures import Figure, series_colour, view_colour
 from mmfusion.retrieval.html.gallery import Gallery, Row
 from mmfusion.retrieval.html.numbers import metric_title
-from mmfusion.retrieval.records import Records
-from mmfusion.retrieval.report import in_column, label_columns, primary_view
+from mmfusion.retrieval.records import Records, part
+from mmfusion.retrieval.report import in_column, label_columns, ordered, primary_view
 from mmfusion.retrieval.significance import Paired, corrected, paired
 
 
@@ -29,7 +29,7 @@ class Focus:
 
     @classmethod
     def of(cls, results: Mapping[str, Any], split: str) -> "Focus":
-        views = tables.ordered(results[split])
+        views = ordered(results[split])
         named = results.get("run", {}).get("primary")
         primary = named if named in views else primary_view(views)
         return cls(split, views, primary, held_against(primary, views), main_metric(results[split][primary]))
@@ -64,9 +64,7 @@ def _tests(found: Records, focus: Focus, names: list[str]) -> dict[str, Paired]:
     """By metric, corrected for their number; without those that no query has a value of in both views."""
     if focus.against is None:
         return {}
-    before, after = (
-        gallery.part(found.per_query, split=focus.split, view=view) for view in (focus.against, focus.primary)
-    )
+    before, after = (part(found.per_query, split=focus.split, view=view) for view in (focus.against, focus.primary))
     tests = {}
     for name in names:
         metric = f"{focus.column}/{name}"
@@ -78,7 +76,7 @@ def _tests(found: Records, focus: Focus, names: list[str]) -> dict[str, Paired]:
 
 def split_results(results: Mapping[str, Any], split: str) -> dict[str, Any]:
     """A split's tables, one per label column, how many queries its means leave out, and remarks on views by name."""
-    views = {view: results[split][view] for view in tables.ordered(results[split])}
+    views = {view: results[split][view] for view in ordered(results[split])}
     about = results.get("run", {})
     columns = {}
     for column in label_columns(views.values()):
@@ -125,7 +123,7 @@ def calibration(results: Mapping[str, Any], focus: Focus) -> list[Figure]:
     """A figure per view; all have the same height of axis, so that views compare."""
     bins = results.get("calibration", {}).get(focus.split, {})
     top = max((part["relevant"] for found in bins.values() for part in found if part["pairs"]), default=0.0)
-    return [figures.calibration(view, bins[view], top) for view in tables.ordered(bins) if bins[view]]
+    return [figures.calibration(view, bins[view], top) for view in ordered(bins) if bins[view]]
 
 
 def slices(results: Mapping[str, Any], focus: Focus) -> list[dict[str, Any]]:
@@ -136,7 +134,7 @@ def slices(results: Mapping[str, Any], focus: Focus) -> list[dict[str, Any]]:
         if not metrics:
             continue
         shown = focus.metric if focus.metric in metrics else metrics[0]
-        views = tables.ordered(list(dict.fromkeys(view for views in values.values() for view in views)))
+        views = ordered(list(dict.fromkeys(view for views in values.values() for view in views)))
         found.append({
             "figure": figures.slice_dots(name, values, [view for view in focus.compared if view in views], shown),
             "metrics": metrics,
@@ -150,7 +148,7 @@ def galleries(found: Records, focus: Focus) -> tuple[list[Gallery], dict[str, An
 
     Views of which the records hold no list are not in: zero-shot ones are measured before the training.
     """
-    per_query = {view: gallery.part(found.per_query, split=focus.split, view=view) for view in focus.views}
+    per_query = {view: part(found.per_query, split=focus.split, view=view) for view in focus.views}
     shown = shown_first(in_column(found.results[focus.split][focus.primary], focus.column))
     metrics = [f"{focus.column}/{name}" for name in shown]
     values = {view: gallery.values(table, metrics) for view, table in per_query.items()}
@@ -162,8 +160,8 @@ def galleries(found: Records, focus: Focus) -> tuple[list[Gallery], dict[str, An
         Gallery(title, "the same queries every time" if rows is chosen.drawn else by, [ids[row] for row in rows])
         for title, rows in chosen.galleries(focus.primary, focus.against).items()
     ]
-    rankings = gallery.part(found.rankings, split=focus.split)
-    lists = {view: gallery.part(rankings, view=view) for view in focus.views}
+    rankings = part(found.rankings, split=focus.split)
+    lists = {view: part(rankings, view=view) for view in focus.views}
     rows = [Row(view, listed, values[view], shown_at_first(view)) for view, listed in lists.items() if len(listed)]
     gains = {focus.column: {}, **found.results.get("run", {}).get("gains", {})}
     ordered = {ids[row]: texts[ids[row]] for row in chosen.order}

@@ -1,20 +1,14 @@
 """What the tables of a page hold, from results[split][view][metric]."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmfusion.retrieval.examples import shown_first
-from mmfusion.retrieval.html.numbers import counts, metric_title
+from mmfusion.retrieval.html.numbers import metric_title
 from mmfusion.retrieval.labels import share_names, tones
-from mmfusion.retrieval.report import FIRST, in_column
+from mmfusion.retrieval.report import counts, in_column
 
 Views = Mapping[str, Mapping[str, Mapping[str, Any]]]
-
-
-def ordered(views: Iterable[str]) -> list[str]:
-    """text, image and fused first, then the others as they come."""
-    views = list(views)
-    return [view for view in FIRST if view in views] + [view for view in views if view not in FIRST]
 
 
 def overview(rows: Views, shares: Mapping[str, Any] | None = None) -> dict[str, Any]:
