@@ -9,16 +9,18 @@ RUN       ?=
 RUNS      ?=
 SRC       ?=
 OUT       ?=
+JOBS      ?=
+MAX_SIDE  ?=
 SPLIT     ?=
 ARGS      ?=
 BIN       := .venv/bin
 MMFUSION  := $(BIN)/mmfusion
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train data eval compare bench bench-eval test test-all lint format clean
+.PHONY: help setup train data eval compare bench bench-eval bench-stream test test-all lint format clean
 
 help:            ## list every target
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.ready  ## make .venv and install the pinned dependencies
 
@@ -33,8 +35,8 @@ setup: .venv/.ready  ## make .venv and install the pinned dependencies
 train: setup     ## EXP=fusion_gated [ENCODERS=tiny|minilm|dual] [DATA=shards] [ARGS="--..."]: train, then evaluate val and test
 	@$(MMFUSION) train --exp '$(EXP)' --encoders '$(ENCODERS)' --data '$(DATA)' $(ARGS)
 
-data: setup      ## FROM=catalogue SRC=folder OUT=folder [ARGS="--..."]: a catalogue into shards
-	@$(MMFUSION) data --from '$(FROM)' --src='$(SRC)' --out='$(OUT)' $(ARGS)
+data: setup      ## FROM=catalogue|esci|fashion|marqo_gs|wands SRC=folder OUT=folder [JOBS=4] [MAX_SIDE=512] [ARGS="--..."]: data into shards
+	@$(MMFUSION) data --from '$(FROM)' --src='$(SRC)' --out='$(OUT)' $(if $(JOBS),--jobs='$(JOBS)') $(if $(MAX_SIDE),--photos.max_side='$(MAX_SIDE)') $(ARGS)
 
 eval: setup      ## RUN=runs/... [DATA=shards] [SPLIT=test] [OUT=folder] [ARGS="--..."]: evaluate a run again
 	@$(MMFUSION) eval --run '$(RUN)' $(if $(DATA_GIVEN),--data '$(DATA)') $(if $(SPLIT),--split '$(SPLIT)') $(if $(OUT),--out '$(OUT)') $(ARGS)
@@ -42,10 +44,13 @@ eval: setup      ## RUN=runs/... [DATA=shards] [SPLIT=test] [OUT=folder] [ARGS="
 compare: setup   ## RUNS="runs/a runs/b [other.run]" [SPLIT=test] [OUT=page.html]: runs side by side, tested in pairs
 	@$(MMFUSION) compare $(RUNS) $(if $(SPLIT),--split '$(SPLIT)') $(if $(OUT),--out '$(OUT)') $(ARGS)
 
-bench: bench-eval  ## every benchmark
+bench: bench-eval bench-stream  ## every benchmark
 
 bench-eval: .venv/.bench  ## exact search and metrics against their peers (5 minutes)
 	@$(BIN)/python experiments/bench/evaluation.py $(ARGS)
+
+bench-stream: .venv/.bench  ## the stream of 512 px photos against its limit and open_clip's pipeline
+	@$(BIN)/python experiments/bench/stream.py $(ARGS)
 
 .venv/.bench: .venv/.ready
 	$(BIN)/python -m uv pip install --python $(BIN)/python -c constraints.txt -e '.[bench]' \

@@ -1,8 +1,8 @@
 """Samples of shards -> the batches of mmfusion.batch. Reads what it is asked for; the order is plan.py's."""
 
-import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -10,30 +10,35 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from datamodules.failures import Failed
+from datamodules.photo_cache import PhotoCache
 from datamodules.photos import PhotoError, decode_photo
-from datamodules.plan import chosen, points
-from datamodules.shards import Sample, Shards
+from datamodules.plan import chosen, draws, points
+from datamodules.shards import Sample, ShardError, Shards
+from datamodules.substitutes import TRIES, substitutes
 from mmfusion.batch import Judged, ProductBatch, QueryBatch, TupleBatch
 
 B = TypeVar("B", QueryBatch, ProductBatch, Judged)
 
 
-class Broken(NamedTuple):
-    """A photo that could not be decoded, to be counted."""
-
-    reason: str
-    shard: str
-    product_id: str
-
-
 @dataclass(frozen=True)
 class Request:
-    """What to read for a share of a step: products, which of their slots (`number` of `slots`), and their draws."""
+    """What to read for a share of a step of an epoch: products, and which of their slots (`number` of `slots`).
 
+    `block` is that of the batch's photos, if there is one (see blocks.py), and `start` the share's first row in it.
+    """
+
+    seed: int
+    epoch: int
     product: Int64[np.ndarray, "tuple"]
     number: Int64[np.ndarray, "tuple"]
     slots: Int64[np.ndarray, "tuple"]
-    draw: Int64[np.ndarray, "tuple"]
+    block: int | None = None
+    start: int = 0
+
+    @property
+    def draw(self) -> Int64[np.ndarray, "tuple"]:
+        return draws(self.seed, self.epoch, self.product)
 
 
 @dataclass(frozen=True)
@@ -46,40 +51,37 @@ class Look:
     image: bool = True
 
 
-class PhotoCache:
-    """Decoded photos of the lowest dense ids, as many as fit into `mib`.
+class Shown(NamedTuple):
+    """A sample without its photo's bytes; `photo`: whether its row shows one."""
 
-    The memory is shared with forked workers: what one has decoded, all have. Unpickled elsewhere it starts empty.
-    """
-
-    def __init__(self, products: int, size: tuple[int, int], mib: int) -> None:
-        self._arguments = (products, size, mib)
-        bytes_each = 3 * size[0] * size[1]
-        self.rows = min(products, mib * 2**20 // bytes_each)
-        pixels = np.frombuffer(mmap.mmap(-1, max(self.rows * bytes_each, 1)), np.uint8)  # takes memory when written
-        self._pixels = pixels[: self.rows * bytes_each].reshape(self.rows, 3, *size)
-        self._filled = np.frombuffer(mmap.mmap(-1, max(self.rows, 1)), np.uint8)
-
-    def __reduce__(self) -> tuple[type["PhotoCache"], tuple[int, tuple[int, int], int]]:
-        return PhotoCache, self._arguments
-
-    def get(self, id: int) -> UInt8[np.ndarray, "3 height width"] | None:
-        return self._pixels[id] if id < self.rows and self._filled[id] else None
-
-    def put(self, id: int, pixels: UInt8[np.ndarray, "3 height width"]) -> None:
-        if id < self.rows:
-            self._pixels[id] = pixels
-            self._filled[id] = 1  # after the pixels: two workers may write the same photo, none reads half of it
+    sample: Sample
+    photo: bool
 
 
 class Reader:
-    """Makes batches of products, of queries and of tuples; safe to fork and to pickle."""
+    """Makes batches of products, of queries and of tuples; safe to fork and to pickle.
+
+    Beside a batch it returns what failed. A photo that cannot be decoded is absent. A sample that cannot be read is
+    replaced in a batch of tuples by another product (see substitutes.py), with the only slot of one and its own draw;
+    in a batch of products it stays, with neither text nor photo.
+    """
 
     def __init__(self, shards: Shards, look: Look, damping: float, cache_mib: int) -> None:
-        self.shards, self.look = shards, look
+        self._arguments = (shards, look, damping, cache_mib)
+        self.shards, self.look, self.damping = shards, look, damping
         self.cache = PhotoCache(len(shards) if look.image else 0, look.image_size, cache_mib)
-        # A query with many positives would otherwise be drawn in proportion to them.
-        self._rarity = np.maximum(shards.queries.positives, 1).astype(np.float64) ** -damping
+
+    def __reduce__(self) -> tuple[type["Reader"], tuple[Shards, Look, float, int]]:
+        return Reader, self._arguments
+
+    @cached_property
+    def _rarity(self) -> np.ndarray:
+        """Weight of each query: one with many positives would otherwise be drawn in proportion to them."""
+        return np.maximum(self.shards.queries.positives, 1).astype(np.float64) ** -self.damping
+
+    @cached_property
+    def _trainable(self) -> np.ndarray:
+        return np.flatnonzero(self.shards.index.trainable)
 
     def queries(self, ids: Int64[np.ndarray, "query"]) -> QueryBatch:
         texts = [str(text) for text in self.shards.queries.query[ids]]
@@ -87,66 +89,108 @@ class Reader:
 
     def products(
         self, ids: Int64[np.ndarray, "product"], draw: Int64[np.ndarray, "product"]
-    ) -> tuple[ProductBatch, list[Broken]]:
-        return self._products(ids, draw, [self.shards.read(int(id)) for id in ids])
+    ) -> tuple[ProductBatch, list[Failed]]:
+        failed: list[Failed] = []
+        photo = self._room(len(ids))
+        return self._products(ids, draw, self._read(ids, photo, failed), photo), failed
 
-    def tuples(self, request: Request) -> tuple[TupleBatch, list[Broken]]:
-        """One tuple for each slot: the product with one query of its train positives."""
-        samples = [self.shards.read(int(id)) for id in request.product]
+    def tuples(
+        self, request: Request, photo: UInt8[np.ndarray, "tuple 3 height width"] | None = None
+    ) -> tuple[TupleBatch, list[Failed]]:
+        """One tuple for each slot: the product with one query of its train positives. `photo`: memory for the photos.
+
+        Raises ValueError when no substitute of a product can be read.
+        """
+        failed: list[Failed] = []
+        photo = self._room(len(request.product)) if photo is None else photo
+        read = self._read(request.product, photo, failed)
+        shown = [one or self._substitute(request, row, photo[row]) for row, one in enumerate(read)]
+        samples = [one.sample for one in shown]
+        request = _with_substitutes(request, samples)
         where = points(request.draw, request.number, request.slots).tolist()
         query = np.array([self._query(*row) for row in zip(samples, where, strict=True)], dtype=np.int64)
-        products, broken = self._products(request.product, request.draw, samples)
-        return TupleBatch(self.queries(query), products, self._judged(samples)), broken
+        products = self._products(request.product, request.draw, shown, photo)
+        return TupleBatch(self.queries(query), products, self._judged(samples)), failed
 
     def text(self, texts: Mapping[str, str]) -> str:
         """Of a product's fields the chosen ones that say something, joined by a space."""
         return " ".join(texts[name] for name in self.look.text_fields if texts.get(name))
 
+    def _room(self, count: int) -> UInt8[np.ndarray, "product 3 height width"]:
+        return np.empty((count, 3, *self.look.image_size), np.uint8)
+
+    def _read(
+        self,
+        ids: Int64[np.ndarray, "product"],
+        photo: UInt8[np.ndarray, "product 3 height width"],
+        failed: list[Failed],
+    ) -> Sequence[Shown | None]:
+        """The products, their photos in `photo`; None, noted and without photo, where one cannot be read."""
+        self.shards.tars.fetch(self.shards.index.shard[ids].tolist())
+        read: list[Shown | None] = []
+        for id, pixels in zip(ids.tolist(), photo, strict=True):
+            try:
+                read.append(self._shown(id, pixels, failed))
+            except ShardError as error:
+                failed.append(self.shards.failed(id, error.reason))
+                pixels[:] = 0
+                read.append(None)
+        return read
+
+    def _shown(self, id: int, pixels: UInt8[np.ndarray, "3 height width"], failed: list[Failed]) -> Shown:
+        """Fills `pixels`. The photo is decoded before the next is read: so the memory of one serves them all."""
+        cached = self.cache.get(id) if self.look.image else None
+        sample = self.shards.read(id, photo=self.look.image and cached is None)
+        if cached is not None:
+            pixels[:] = cached
+        present = cached is not None or (sample.photo is not None and self._decoded(sample, pixels, failed))
+        if not present:
+            pixels[:] = 0
+        return Shown(sample._replace(photo=None), present)
+
+    def _decoded(self, sample: Sample, pixels: UInt8[np.ndarray, "3 height width"], failed: list[Failed]) -> bool:
+        """False, and noted, where the photo cannot be."""
+        try:
+            pixels[:] = decode_photo(sample.photo or b"", self.look.image_size, sample.product_id).numpy()
+        except PhotoError as error:
+            failed.append(self.shards.failed(sample.id, error.reason))
+            return False
+        self.cache.put(sample.id, pixels)
+        return True
+
+    def _substitute(self, request: Request, row: int, pixels: UInt8[np.ndarray, "3 height width"]) -> Shown:
+        """A failure of a substitute is not noted here, but in its own turn."""
+        product, number = int(request.product[row]), int(request.number[row])
+        for id in substitutes(self._trainable, request.seed, request.epoch, product, number):
+            try:
+                return self._shown(id, pixels, [])
+            except ShardError as error:
+                last = error
+        raise ValueError(f"none of {TRIES} products that could take the place of product {product} can be read: {last}")
+
     def _products(
-        self, ids: Int64[np.ndarray, "product"], draw: Int64[np.ndarray, "product"], samples: Sequence[Sample]
-    ) -> tuple[ProductBatch, list[Broken]]:
-        texts = [self.text(sample.texts) if self.look.text else "" for sample in samples]
-        photo = np.zeros((len(ids), 3, *self.look.image_size), np.uint8)
-        present = np.zeros((len(ids), 2), np.bool_)
-        present[:, 0] = [text != "" for text in texts]
-        broken: list[Broken] = []
-        for row, sample in enumerate(samples):
-            if sample.photo is not None and self.look.image:
-                present[row, 1] = self._photo_into(photo[row], sample, broken)
-        batch = ProductBatch(
+        self,
+        ids: Int64[np.ndarray, "product"],
+        draw: Int64[np.ndarray, "product"],
+        shown: Sequence[Shown | None],
+        photo: UInt8[np.ndarray, "product 3 height width"],
+    ) -> ProductBatch:
+        texts = [self.text(one.sample.texts) if one and self.look.text else "" for one in shown]
+        present = [[text != "", one is not None and one.photo] for text, one in zip(texts, shown, strict=True)]
+        return ProductBatch(
             text=texts,
             photo=torch.from_numpy(photo),
-            present=torch.from_numpy(present),
+            present=torch.tensor(present, dtype=torch.bool).reshape(-1, 2),
             id=torch.from_numpy(ids),
             draw=torch.from_numpy(draw),
             valid=torch.ones(len(ids), dtype=torch.bool),
         )
-        return batch, broken
-
-    def _photo_into(self, row: UInt8[np.ndarray, "3 height width"], sample: Sample, broken: list[Broken]) -> bool:
-        """Fills the row; a photo that cannot be decoded is noted, and absent."""
-        pixels = self.cache.get(sample.id)
-        if pixels is None:
-            try:
-                pixels = decode_photo(sample.photo or b"", self.look.image_size, sample.product_id).numpy()
-            except PhotoError as error:
-                shard = self.shards.manifest.shards[int(self.shards.index.shard[sample.id])].name
-                broken.append(Broken(error.reason, shard, sample.product_id))
-                return False
-            self.cache.put(sample.id, pixels)
-        row[:] = pixels
-        return True
 
     def _query(self, sample: Sample, point: float) -> int:
         """One of the product's train positives: weight gain x frequency of the query ^ -damping (see plan.chosen)."""
         primary = self.shards.manifest.primary
         gain = sample.judgments[primary]
         positive = np.flatnonzero(gain >= self.shards.manifest.labels[primary].positive_from)
-        if not len(positive):
-            raise ValueError(
-                f"product {sample.product_id!r} has no train positive, though index.parquet counts "
-                f"{self.shards.index.pairs[sample.id]}: the shards are damaged, import again"
-            )
         query = sample.judgments["query"][positive]
         return int(query[chosen(gain[positive] * self._rarity[query], point)])
 
@@ -166,10 +210,18 @@ class Reader:
         return judged
 
 
-def joined(parts: Sequence[TupleBatch]) -> TupleBatch:
-    """One batch of the parts' tuples, in their order."""
+def _with_substitutes(request: Request, samples: Sequence[Sample]) -> Request:
+    """The request that asks for these samples: a substitute's slot is the only one of one."""
+    product = np.array([sample.id for sample in samples], dtype=np.int64)
+    own = product == request.product
+    return replace(request, product=product, number=request.number * own, slots=np.where(own, request.slots, 1))
+
+
+def joined(parts: Sequence[TupleBatch], photo: UInt8[Tensor, "tuple 3 height width"] | None = None) -> TupleBatch:
+    """One batch of the parts' tuples, in their order; with `photo` instead of their own, where that is given."""
     if len(parts) == 1:
-        return parts[0]
+        product = parts[0].product if photo is None else replace(parts[0].product, photo=photo)
+        return replace(parts[0], product=product)
     starts = np.cumsum([0, *(len(part) for part in parts)])
     judged = {
         column: _concatenated(
@@ -180,13 +232,14 @@ def joined(parts: Sequence[TupleBatch]) -> TupleBatch:
         )
         for column in parts[0].judged
     }
-    queries = _concatenated([part.query for part in parts])
-    return TupleBatch(queries, _concatenated([part.product for part in parts]), judged)
+    product = _concatenated([part.product for part in parts], **({} if photo is None else {"photo": photo}))
+    return TupleBatch(_concatenated([part.query for part in parts]), product, judged)
 
 
-def _concatenated(parts: Sequence[B]) -> B:
-    columns: dict[str, Any] = {f.name: _cat([getattr(part, f.name) for part in parts]) for f in fields(parts[0])}
-    return type(parts[0])(**columns)
+def _concatenated(parts: Sequence[B], **given: Any) -> B:
+    names = [f.name for f in fields(parts[0]) if f.name not in given]
+    columns: dict[str, Any] = {name: _cat([getattr(part, name) for part in parts]) for name in names}
+    return type(parts[0])(**columns, **given)
 
 
 def _cat(values: list[Any]) -> Tensor | list[str]:

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.catalogue import read_catalogue
+from datamodules.catalogue import folder_source
 from datamodules.drawing import COLOURS, CONTRASTS, PATTERNS, SHAPES, draw_photo
+from datamodules.importers.options import Import
 from datamodules.manifest import Manifest, read_manifest
-from datamodules.summary import print_summary
-from datamodules.writer import write_shards
+from datamodules.photo_files import PhotoOptions
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,
@@ -106,19 +106,16 @@ def draw_demo(
         test_queries: Of the test split, and as many of val.
     """
     out = Path(out)
-    source = {"importer": "demo", "version": VERSION, "train_queries": train_queries, "test_queries": test_queries}
+    options = {"importer": "demo", "version": VERSION, "train_queries": train_queries, "test_queries": test_queries}
     if (out / "manifest.json").is_file():
         manifest = read_manifest(out)
-        if (manifest.source, manifest.seed, manifest.products) == (source, seed, products):
+        if (manifest.source, manifest.seed, manifest.products) == (options, seed, products):
             return manifest
     demo = DemoCatalogue.plan(seed, products, train_queries, test_queries)
     with tempfile.TemporaryDirectory() as folder:
         write_catalogue(demo, Path(folder), seed)
-        catalogue = read_catalogue(folder, positive_from={"desirability": DESIRED})
-        catalogue = replace(catalogue, name="demo", source=source)
-        manifest = write_shards(catalogue, out, seed)
-        print_summary(catalogue, manifest, out)
-    return manifest
+        drawn = replace(folder_source(Path(folder), PhotoOptions()), name="demo", options=options)
+        return Import(src=folder, out=str(out), seed=seed, positive_from={"desirability": DESIRED}).write(drawn)
 
 
 def write_catalogue(demo: DemoCatalogue, folder: Path, seed: int) -> None:

@@ -1,12 +1,13 @@
 """Label columns of a judgments table: from letters or numbers to gains."""
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
 
 from datamodules.manifest import Label
-from datamodules.tables import Table
+from datamodules.staged import Table
 
 ESCI = {"E": 1.0, "S": 0.1, "C": 0.01, "I": 0.0}
 IDS = ("query_id", "product_id")
@@ -15,24 +16,29 @@ Gains = Mapping[str, Mapping[str, float]]
 
 
 def label_columns(
-    table: Table, gains: Gains, positive_from: Mapping[str, float], primary: str | None
+    table: Table, gains: Gains, positive_from: Mapping[str, float], primary: str | None, folder: Path
 ) -> tuple[dict[str, Label], dict[str, np.ndarray]]:
     """Every column besides the ids is one, `label` by the name of `relevance`; the primary one comes first.
 
-    Gains are float64, NaN where a cell is blank. Raises ValueError for a label that is not known, numbers and letters
-    in one column, a row without any label, and options that name no column.
+    Gains are float64, NaN where a cell is blank, mapped from files that are written to `folder`. Raises ValueError for
+    a label that is not known, numbers and letters in one column, a row without any label, and options that name no
+    column.
     """
     columns = _named(table)
     _check_options(columns, {"gains": gains, "positive_from": positive_from, "primary": [primary] if primary else []})
     first = primary or ("relevance" if "relevance" in columns else next(iter(columns)))
     ordered = sorted(columns, key=lambda name: name != first)
     labels, gain = {}, {}
-    for name in ordered:
-        worth, gain[name] = _gains(table, columns[name], gains.get(name))
+    blank = np.ones(len(table), bool)
+    for number, name in enumerate(ordered):
+        shape = (len(table),)
+        gain[name] = np.lib.format.open_memmap(folder / f"gain-{number}.npy", "w+", np.float64, shape).view(np.ndarray)
+        worth = _fill(gain[name], table, columns[name], gains.get(name))
         labels[name] = Label(worth, _threshold(name, positive_from.get(name, 1.0)))
-    empty = np.flatnonzero(np.all([np.isnan(values) for values in gain.values()], axis=0))
-    if len(empty):
-        raise table.error(int(empty[0]), f"no label in {', '.join(columns.values())}; leave out pairs nobody judged")
+        blank &= np.isnan(gain[name])
+    if blank.any():
+        row = int(np.argmax(blank))
+        raise table.error(row, f"no label in {', '.join(columns.values())}; leave out pairs nobody judged")
     return labels, gain
 
 
@@ -67,24 +73,37 @@ def _threshold(name: str, value: float) -> float:
     return float(value)
 
 
-def _gains(
-    table: Table, column: str, override: Mapping[str, float] | None
-) -> tuple[dict[str, float] | None, np.ndarray]:
-    """What the column's labels are worth (None: numbers, worth themselves), and the gain of every row."""
-    encoded = pc.dictionary_encode(pc.utf8_trim_whitespace(table[column])).combine_chunks()
-    codes, labels = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
-    numbers = {label: _number(label) for label in labels}
-    letters = override is not None or any(label in ESCI for label in labels)
-    worth: dict[str, float] | None = None
-    if letters or not any(number is not None for number in numbers.values()):
-        worth = ESCI if override is None else _table(column, override)
-    values = np.full(len(labels), np.nan)
-    for code, label in enumerate(labels):
-        gain = worth.get(label) if worth else numbers[label]
-        if label and (gain is None or gain < 0):
-            raise table.error(int(np.argmax(codes == code)), _problem(column, label, worth, numbers[label]))
-        values[code] = np.nan if gain is None else gain
-    return worth, values[codes]
+def _fill(
+    values: np.ndarray, table: Table, column: str, override: Mapping[str, float] | None
+) -> dict[str, float] | None:
+    """Sets the gain of every row; returns what the column's labels are worth (None: numbers, worth themselves)."""
+    worth = ESCI if override is None else _table(column, override)
+    first: dict[str, tuple[int, str]] = {}  # row and label where each kind of label occurs first
+    for start, chunk in table.chunks(column):
+        encoded = pc.dictionary_encode(pc.utf8_trim_whitespace(chunk))
+        codes, labels = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
+        gains = np.full(len(labels), np.nan)
+        for code, label in enumerate(labels):
+            number = _number(label)
+            kind = _kind(label, worth, number)
+            if kind not in first:
+                first[kind] = start + int(np.argmax(codes == code)), label
+            gains[code] = worth.get(label, np.nan if number is None else number)
+        values[start : start + len(chunk)] = gains[codes]
+    letters = override is not None or "known" in first or not {"number", "negative"} & set(first)
+    wrong = [first[kind] for kind in ("negative", "unknown", *(["number"] * letters)) if kind in first]
+    if wrong:
+        row, label = min(wrong)
+        raise table.error(row, _problem(column, label, worth if letters else None, _number(label)))
+    return dict(worth) if letters else None
+
+
+def _kind(label: str, worth: Mapping[str, float], number: float | None) -> str:
+    if not label or label in worth:
+        return "known" if label else "blank"
+    if number is None:
+        return "unknown"
+    return "negative" if number < 0 else "number"
 
 
 def _table(column: str, override: Mapping[str, float]) -> dict[str, float]:

@@ -1,9 +1,8 @@
 """Loaders of training and evaluation batches: worker processes, equal batches on all ranks, counts of what failed."""
 
-import multiprocessing
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+import copy
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,95 +10,46 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Int64
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from datamodules.batches import Broken, Reader, Request, joined
+from datamodules.batches import Reader, Request, joined
+from datamodules.blocks import BLOCKS, PhotoBlocks, into_blocks
+from datamodules.failures import Failed, Failures
+from datamodules.lookahead import looking_ahead
 from datamodules.plan import Plan, Slots, draws
+from datamodules.workers import FORKS, reading
 from mmfusion.batch import ProductBatch, QueryBatch, TupleBatch
 
-# Forked workers start at once and share the cache of photos; elsewhere (macOS, Windows) torch's default.
-CONTEXT = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
 EVALUATION = -1  # the epoch of evaluation draws: fixed, and no training epoch
 
 
-class _Reading(Dataset[Any]):
-    """A request -> what `read` makes of it; runs in the workers."""
+class _Shares:
+    """The requests of an epoch from a step on: each batch of the rank in `shares` parts, cut in run order.
 
-    def __init__(self, read: Callable[[Any], Any]) -> None:
-        self.read = read
-
-    def __getitem__(self, request: Any) -> Any:
-        return self.read(request)
-
-
-def _as_read(batch: Any) -> Any:
-    return batch
-
-
-def reading(read: Callable[[Any], Any], requests: Iterable[Any], workers: int, persistent: bool) -> DataLoader[Any]:
-    """`read` applied to the requests in order; request i by worker i % workers, or in this process without workers."""
-    options: dict[str, Any] = {"multiprocessing_context": CONTEXT, "persistent_workers": persistent} if workers else {}
-    return DataLoader(
-        _Reading(read),
-        batch_size=None,
-        sampler=requests,
-        num_workers=workers,
-        collate_fn=_as_read,
-        generator=torch.Generator(),  # DataLoader draws a number per epoch: not from the model's random state
-        **options,
-    )
-
-
-class BrokenPhotos:
-    """Counts photos that could not be decoded in one pass over some products.
-
-    Raises ValueError as soon as there are more than `limit` x products; warns at the end of the pass about any.
+    `asked` holds the blocks of the batches that are asked for, in order; None where none was free.
     """
 
-    def __init__(self, what: str, products: int, limit: float) -> None:
-        self.what, self.products, self.limit = what, products, limit
-        self.reasons: Counter[str] = Counter()
-        self.shards: Counter[str] = Counter()
-        self.example = ""
-
-    def add(self, broken: list[Broken]) -> None:
-        for photo in broken:
-            self.reasons[photo.reason] += 1
-            self.shards[photo.shard] += 1
-            self.example = self.example or photo.product_id
-        if self.reasons.total() > self.limit * self.products:
-            raise ValueError(
-                f"{self}. That is over the limit data.max_broken={self.limit}: import these products again, "
-                "or raise the limit to go on without their photos"
-            )
-
-    def warn(self) -> None:
-        if self.reasons:
-            warnings.warn(f"{self}; those products were taken without photo", stacklevel=3)
-
-    def __str__(self) -> str:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
-        shards = ", ".join(f"{shard} ({count})" for shard, count in self.shards.most_common(5))
-        return (
-            f"{self.what}: {self.reasons.total()} photos of {self.products} products cannot be decoded ({reasons}), "
-            f"most in shards {shards}, such as that of product {self.example!r}"
-        )
-
-
-class _Shares:
-    """The requests of an epoch from a step on: each batch of the rank in `shares` parts, cut in run order."""
-
-    def __init__(self, plan: Plan, slots: Slots, rank: int, ranks: int, shares: int) -> None:
+    def __init__(self, plan: Plan, slots: Slots, rank: int, ranks: int, shares: int, blocks: PhotoBlocks) -> None:
         self.plan, self.slots, self.rank, self.ranks, self.shares = plan, slots, rank, ranks, shares
         self.epoch = self.step = 0
+        self.blocks, self.asked = blocks, deque[int | None]()
 
     def __iter__(self) -> Iterator[Request]:
         epoch = self.epoch
+        self.asked.clear()
+        self.blocks.reset()  # the workers have answered all that an earlier iteration asked: nobody writes there
         for step in range(self.step, self.plan.steps):
-            positions = self.plan.batch(epoch, step, self.rank, self.ranks)
+            positions, start = self.plan.batch(epoch, step, self.rank, self.ranks), 0
+            block = self.blocks.take()
+            self.asked.append(block)
             for part in np.array_split(positions, self.shares):
-                product, number, slots = self.slots.at(part)
-                yield Request(product, number, slots, draws(self.plan.seed, epoch, product))
+                yield Request(self.plan.seed, epoch, *self.slots.at(part), block, start)
+                start += len(part)
+
+    def shards_of(self, shard: np.ndarray) -> Callable[[int], list[int]]:
+        """Which shards a step of this epoch needs, where product i lies in `shard[i]`. May be asked by a thread."""
+        plan, slots, epoch, rank, ranks = copy.copy(self.plan), self.slots, self.epoch, self.rank, self.ranks
+        return lambda step: shard[slots.at(plan.batch(epoch, step, rank, ranks))[0]].tolist()
 
 
 class TupleLoader:
@@ -122,27 +72,41 @@ class TupleLoader:
         max_broken: float = 0.01,
     ) -> None:
         self.plan, self.progress, self.max_broken = plan, progress, max_broken
-        self.samples = len(plan.batch(0, 0, rank, ranks))
-        workers = min(workers, self.samples)
-        self._shares = _Shares(plan, slots, rank, ranks, max(workers, 1))
-        self._reading = partial(reading, reader.tuples, self._shares, workers, persistent=True)
+        rows = len(plan.batch(0, 0, rank, ranks))
+        workers = min(workers, rows)
+        self._blocks = PhotoBlocks(BLOCKS if FORKS or not workers else 0, (rows, 3, *reader.look.image_size))
+        self._shares = _Shares(plan, slots, rank, ranks, max(workers, 1), self._blocks)
+        self._reading = partial(reading, into_blocks(reader, self._blocks), self._shares, workers, persistent=True)
         self._open: DataLoader[Any] | None = None
+        self._tars, self._shard = reader.shards.tars, reader.shards.index.shard
+        self.failures = self._counting()
 
     def __len__(self) -> int:
         return self.plan.steps
 
+    def _counting(self) -> Failures:
+        what, products = f"epoch {self._shares.epoch}", self.plan.steps * self.plan.size
+        return Failures(what, products, self.max_broken, instead="replaced by other products")
+
     def __iter__(self) -> Iterator[TupleBatch]:
         self._shares.epoch, self._shares.step = self.progress()
-        broken = BrokenPhotos(f"epoch {self._shares.epoch}", self.samples * len(self), self.max_broken)
+        self.failures = failures = self._counting()  # of this rank, and of the whole epoch's products
         self._open = self._reading() if self._open is None else self._open
-        shares = iter(self._open)
-        for step in range(self._shares.step, len(self)):
-            read = [next(shares) for _ in range(self._shares.shares)]
-            for _, failed in read:
-                broken.add(failed)
-            if step + 1 == len(self):  # now: Lightning does not ask for more than len(self) batches
-                broken.warn()
-            yield joined([batch for batch, _ in read])
+        shares = iter(self._open)  # forks the workers, before a thread runs
+        needed = self._shares.shards_of(self._shard)
+        with looking_ahead(self._tars, needed, self._shares.step, len(self)) as at:
+            for step in range(self._shares.step, len(self)):
+                at(step)
+                read = [next(shares) for _ in range(self._shares.shares)]
+                for _, failed in read:
+                    failures.add(failed)
+                if step + 1 == len(self):  # now: Lightning does not ask for more than len(self) batches
+                    failures.warn()
+                block = self._shares.asked.popleft()
+                photo = None if block is None else self._blocks.give(block)
+                read, parts = [], [batch for batch, _ in read]
+                # Nothing here may hold on to what is given out, or its block would be free one batch later.
+                yield joined(parts, photo)
 
     def close(self) -> None:
         """Ends the workers, which otherwise wait for the next epoch."""
@@ -195,26 +159,48 @@ class QueryLoader:
 
 
 class CorpusLoader:
-    """Evaluation batches of a rank's products, with fixed draws."""
+    """Evaluation batches of a rank's products, with fixed draws.
 
-    def __init__(self, reader: Reader, share: Share, batch_size: int, seed: int, workers: int) -> None:
-        self.reader, self.seed, self.workers = reader, seed, workers
-        self.products, self.parts = int(share.valid.sum()), share.parts(batch_size)
+    `max_broken` is a fraction of `products`, those of all ranks; by default those of this one.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        share: Share,
+        batch_size: int,
+        seed: int,
+        workers: int,
+        *,
+        products: int | None = None,
+        max_broken: float = 0.01,
+    ) -> None:
+        self.reader, self.seed, self.workers, self.max_broken = reader, seed, workers, max_broken
+        self.products = int(share.valid.sum()) if products is None else products
+        self.parts = share.parts(batch_size)
 
     def __len__(self) -> int:
         return len(self.parts)
 
     def __iter__(self) -> Iterator[ProductBatch]:
-        broken = BrokenPhotos("corpus", self.products, limit=1.0)
+        failures = Failures("corpus", self.products, self.max_broken, instead="taken without text and photo")
         read = iter(reading(self._read, self.parts, self.workers, persistent=False))
-        for number in range(len(self)):
-            batch, failed = next(read)
-            broken.add(failed)
-            if number + 1 == len(self):
-                next(read, None)  # its end lets the workers go; Lightning does not ask for it
-                broken.warn()
-            yield batch
+        with looking_ahead(self.reader.shards.tars, self._shards_of, 0, len(self)) as at:
+            for number in range(len(self)):
+                at(number)
+                batch, failed = next(read)
+                failures.add(failed)
+                if number + 1 == len(self):
+                    next(read, None)  # its end lets the workers go; Lightning does not ask for it
+                    failures.warn()
+                yield batch
 
-    def _read(self, part: Share) -> tuple[ProductBatch, list[Broken]]:
-        batch, broken = self.reader.products(part.id, draws(self.seed, EVALUATION, part.id))
-        return replace(batch, valid=torch.from_numpy(part.valid)), broken
+    def _read(self, part: Share) -> tuple[ProductBatch, list[Failed]]:
+        batch, failed = self.reader.products(part.id, draws(self.seed, EVALUATION, part.id))
+        if failed and not part.valid.all():  # a row that pads repeats another one, whose failure counts once
+            own = set(self.reader.shards.index.product_id[part.id[part.valid]].tolist())
+            failed = [one for one in dict.fromkeys(failed) if one.product_id in own]
+        return replace(batch, valid=torch.from_numpy(part.valid)), failed
+
+    def _shards_of(self, number: int) -> list[int]:
+        return self.reader.shards.index.shard[self.parts[number].id].tolist()

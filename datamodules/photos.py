@@ -5,17 +5,24 @@ from contextlib import contextmanager
 from io import BytesIO
 
 import numpy as np
+import simplejpeg
 import torch
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 from PIL.Image import Resampling, Transpose
 from torch import Tensor
+from torch.nn import functional as F
+
+Content = bytes | memoryview  # a photo within a larger read need not be copied out of it
 
 # Pillow knows some forty formats, one of which starts Ghostscript: only those that shops use are decoded.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 64_000_000  # of the file as stored, from its header: 64 million pixels are 192 MB decoded
 ORIENTATION = 0x0112
-QUALITY = 80  # of a thumbnail
+QUALITY = 80  # of a thumbnail, unless the caller says another
+JPEG, MARKER, SCAN, APP1 = b"\xff\xd8\xff", 0xFF, 0xDA, 0xE1
+PLAIN = ("YCbCr", "RGB", "Gray")  # simplejpeg's names of colours; not CMYK and YCCK
+BLOCK = 8  # pixels: in a smaller file the decoder takes the fractions of an eighth for one another
 UPRIGHT = {
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
@@ -35,32 +42,87 @@ class PhotoError(ValueError):
         self.reason = reason
 
 
-def decode_photo(content: bytes, size: tuple[int, int], product_id: str) -> UInt8[Tensor, "3 height width"]:
+def decode_photo(content: Content, size: tuple[int, int], product_id: str) -> UInt8[Tensor, "3 height width"]:
     """The whole photo, upright, on white, squashed into `size` = (height, width) by an antialiased bilinear filter.
 
     Raises PhotoError: empty, not a photo (of FORMATS), too large (over MAX_PIXELS, before decoding) or damaged.
     """
+    pixels = _plain_jpeg(content, size)
+    return _by_pillow(content, size, product_id) if pixels is None else pixels
+
+
+def _by_pillow(content: Content, size: tuple[int, int], product_id: str) -> UInt8[Tensor, "3 height width"]:
     with _opened(content, product_id) as photo:
         pixels = np.array(_fitted(photo, size))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def thumbnail(content: bytes, side: int, product_id: str) -> bytes:
+def thumbnail(content: Content, side: int, product_id: str, quality: int = QUALITY) -> bytes:
     """The whole photo as a JPEG, upright, on white, its longer side `side` pixels or, if that is less, its own.
 
-    Raises PhotoError as `decode_photo` does.
+    `quality` is the JPEG's, 1 to 95. Raises PhotoError as `decode_photo` does.
     """
     with _opened(content, product_id) as photo:
         height, width = photo.size[::-1] if _orientation(photo) < 5 else photo.size
         scale = min(1.0, side / max(height, width))
         small = _fitted(photo, (max(1, round(height * scale)), max(1, round(width * scale))))
         buffer = BytesIO()
-        small.save(buffer, "JPEG", quality=QUALITY, comment=b"")  # else the comment of the file, of any length, is kept
+        small.save(buffer, "JPEG", quality=quality, comment=b"")  # else the comment of the file, of any length, is kept
     return buffer.getvalue()
 
 
+def _plain_jpeg(content: Content, size: tuple[int, int]) -> UInt8[Tensor, "3 height width"] | None:
+    """The same pixels as Pillow's (the resizing rounds apart) in little more than half the time.
+
+    None where Pillow is to judge: what is no JPEG in grey or colour, lies on its side, is too large, or was decoded
+    with as much as a warning, which is how libjpeg reports a file that ends too soon.
+    """
+    if content[: len(JPEG)] != JPEG:
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+        if colours not in PLAIN or height * width > MAX_PIXELS or min(height, width) < BLOCK or _turned(content):
+            return None
+        least = _divided(height, width, size)
+        pixels = simplejpeg.decode_jpeg(content, "RGB", min_height=least[0], min_width=least[1])
+    except (ValueError, RuntimeError):  # of the decoder, in its strict mode
+        return None
+    stacked = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    return F.interpolate(stacked, size, mode="bilinear", antialias=True)[0].contiguous()
+
+
+def _divided(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width over the largest of 8, 4, 2 and 1 that leaves at least `size`: what Pillow's `draft` takes.
+
+    The decoder has other eighths as well, without vector instructions for them: decoding all takes less time.
+    """
+    divisor = next((d for d in (8, 4, 2) if height >= d * size[0] and width >= d * size[1]), 1)
+    return -(-height // divisor), -(-width // divisor)
+
+
+def _turned(content: Content) -> bool:
+    """Whether a JPEG may not lie upright. EXIF and XMP say so, which are segments before the first scan."""
+    place = 2
+    while place + 4 <= len(content) and content[place] == MARKER:
+        kind = content[place + 1]
+        if kind in (SCAN, APP1):
+            return kind == APP1 and _orientation_of(content) != 1
+        # A marker may be padded with further bytes of 255.
+        place += 1 if kind == MARKER else 2 + int.from_bytes(content[place + 2 : place + 4], "big")
+    return True
+
+
+def _orientation_of(content: Content) -> int | None:
+    """None for a file that Pillow does not open, for which its decoder shall have the last word."""
+    try:
+        with Image.open(BytesIO(content), formats=("JPEG",)) as photo:
+            return _orientation(photo)
+    except Exception:  # as in _opened
+        return None
+
+
 @contextmanager
-def _opened(content: bytes, product_id: str) -> Iterator[Image.Image]:
+def _opened(content: Content, product_id: str) -> Iterator[Image.Image]:
     """The photo, to be decoded within the block; what fails there is a PhotoError as well."""
     if not content:
         raise PhotoError("empty", product_id, "0 bytes")

@@ -15,7 +15,9 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int64, Integer, UInt64
 
-ORDER_OF_SHARDS, ORDER_OF_SAMPLES, DRAW, CHOICE = range(4)  # what a hash is for, so that no two draws are related
+ORDER_OF_SHARDS, ORDER_OF_SAMPLES, DRAW, CHOICE, SUBSTITUTE = range(
+    5
+)  # what a hash is for, so that no two draws are related
 
 
 def splitmix64(state: UInt64[np.ndarray, "key"]) -> UInt64[np.ndarray, "key"]:
@@ -93,8 +95,8 @@ class Slots:
     def at(self, position: Int64[np.ndarray, "position"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """For each position: dense product id, number of the slot within its product, slots of the product."""
         row = np.searchsorted(self.end, position, side="right")
-        count = np.diff(self.end, prepend=0)[row]
-        return self.product[row], position - (self.end[row] - count), count
+        first = np.where(row > 0, self.end[row - 1], 0)
+        return self.product[row], position - first, self.end[row] - first
 
 
 class Plan:

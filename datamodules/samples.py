@@ -1,178 +1,130 @@
-"""Products of a catalogue -> tars of samples and index.parquet."""
+"""One shard: a pure function of the staged folder and its number, whichever process computes it."""
 
-import hashlib
-import json
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from webdataset import TarWriter
 
-from datamodules.catalogue import Catalogue
-from datamodules.manifest import Shard
-from datamodules.photo_files import Photo
+from datamodules.catalogue import broken_photo
+from datamodules.dense import Judged
+from datamodules.fetching import fetched, is_url
+from datamodules.partial import STAGING
+from datamodules.photo_files import Failure, Photo, Photos, prepared
+from datamodules.photos import PhotoError
+from datamodules.records import Done, Failed
+from datamodules.staged import Table, open_table
+from datamodules.tar import SampleTar, StoredPhotos
 
 
 @dataclass(frozen=True)
-class DenseJudgments:
-    """A catalogue's judgments on dense ids, sorted by (query, product); `positive` is that of the primary column.
+class ShardWriter:
+    """What every shard is made from; small, as it travels to other processes.
 
-    `order`: the row of the user's table that each dense product id stands for.
+    products: the staged table; `published` is the file it comes from, for messages.
+    folder: where shards are written; its staging/ holds the judgments.
+    drop_broken: a photo on disk that cannot be decoded is left out, instead of a ValueError.
+    ahead: see fetching.chunks_ahead.
     """
 
-    order: np.ndarray
-    query: np.ndarray
-    product: np.ndarray
-    gain: dict[str, np.ndarray]
-    positive: np.ndarray
-    train: np.ndarray
+    products: Path
+    published: Path
+    folder: Path
+    fields: list[str]
+    labels: list[str]
+    shards: int
+    photos: Photos
+    drop_broken: bool
+    max_side: int | None
+    quality: int
+    ahead: int
 
-    @property
-    def pairs(self) -> np.ndarray:
-        """Train positives of each product."""
-        return np.bincount(self.product[self.train & self.positive], minlength=len(self.order))
+    def __call__(self, number: int) -> Done:
+        """Writes one shard and its record, or finds that both were written before from the same photos."""
+        products, judged = self._open()
+        ids, rows = self._products(judged, number)
+        wanted = [name for name in ("product_id", "image", *self.fields) if name in products.names]
+        cells = products.take(wanted, rows).to_pylist()
+        names = [row.pop("image", "").strip() for row in cells]
+        signature = self._signature(products, rows, names)
+        before = Done.read(self.folder, number)
+        if before and before.signature != signature:
+            before = None
+        if before and self._final(before):
+            return before
+        path = self.folder / f"{number:05d}.tar"
+        photos = self._photos(products, rows, cells, names, StoredPhotos(path if before else None))
+        places, failed = list[tuple[int, int, bool]](), list[Failed]()
+        with SampleTar(path) as tar:
+            for id, row, judgments, found in zip(ids.tolist(), cells, judged.of(ids), photos, strict=True):
+                product_id = row.pop("product_id")
+                record = {"product_id": product_id, "id": id, "texts": row, "judgments": judgments}
+                if isinstance(found, Failed):
+                    failed.append(found)
+                stored = found if isinstance(found, Photo) else None
+                places.append((*tar.add(product_id, record, stored), stored is not None))
+            Done.forget(self.folder, number)  # it tells of the tar that is replaced now
+        offset, size, photo = (np.array(column) for column in zip(*places, strict=True))
+        done = Done(number, tar.shard(judged.pairs[ids]), signature, offset, size, photo, failed)
+        done.write(self.folder)
+        return done
 
-
-def write_samples(
-    catalogue: Catalogue, judgments: DenseJudgments, folder: Path, shards: int, drop_broken: bool
-) -> dict[str, Any]:
-    """The tars and index.parquet; returns the manifest's entries about them."""
-    photos, places, tars = _Photos(catalogue, drop_broken), _Places(), list[Shard]()
-    judged = _Judged(judgments)
-    columns = catalogue.products.columns.select(["product_id", *catalogue.fields])
-    pairs = judgments.pairs
-    with _progress() as progress:
-        task = progress.add_task("products", total=len(pairs))
-        for number, ids in enumerate(np.array_split(np.arange(len(pairs)), shards)):
-            rows = judgments.order[ids]
-            texts = columns.take(pa.array(rows)).to_pylist()
-            with _Tar(folder / f"{number:05d}.tar") as tar:
-                for id, row, cells in zip(ids.tolist(), rows.tolist(), texts, strict=True):
-                    product_id, photo = cells.pop("product_id"), photos.get(row)
-                    record = {"product_id": product_id, "id": id, "texts": cells, "judgments": judged.of(id)}
-                    places.add(product_id, number, *tar.add(product_id, record, photo), photo is not None)
-                    progress.advance(task)
-            tars.append(tar.shard(pairs[ids]))
-    places.write(folder / "index.parquet", pairs)
-    counts = {"photos": sum(places.photo), "missing_photos": photos.missing, "broken_photos": photos.broken}
-    return {**counts, "shards": tars}
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
-
-
-class _Judged:
-    """Train judgments by product, as a sample's JSON holds them; null where a column says nothing."""
-
-    def __init__(self, judgments: DenseJudgments) -> None:
-        train = np.flatnonzero(judgments.train)
-        rows = train[np.argsort(judgments.product[train], kind="stable")]
-        self.bounds = np.searchsorted(judgments.product[rows], np.arange(len(judgments.order) + 1))
-        self.columns = {"query": judgments.query[rows], **{name: gain[rows] for name, gain in judgments.gain.items()}}
-
-    def of(self, id: int) -> dict[str, list[float | None]]:
-        part = slice(self.bounds[id], self.bounds[id + 1])
-        return {
-            name: [None if math.isnan(value) else value for value in values[part].tolist()]
-            for name, values in self.columns.items()
-        }
-
-
-class _Photos:
-    """Photos of the catalogue, with counts of those that could not be had."""
-
-    def __init__(self, catalogue: Catalogue, drop_broken: bool) -> None:
-        self.catalogue, self.drop_broken = catalogue, drop_broken
-        self.missing = self.broken = 0
-
-    def get(self, row: int) -> Photo | None:
+    def _signature(self, products: Table, rows: np.ndarray, names: list[str]) -> str:
+        """Raises ValueError, with its place, for a name that leads out of the folder of photos."""
         try:
-            photo = self.catalogue.photo(row)
-        except ValueError as error:
-            if not self.drop_broken:
-                raise ValueError(f"{error}. Replace it, or leave such photos out with on_broken_photo=drop") from error
-            self.broken += 1
-            return None
-        self.missing += photo is None and self.catalogue.image(row) != ""
-        return photo
+            return self.photos.signature([name for name in names if name])
+        except ValueError:
+            for row, name in zip(rows.tolist(), names, strict=True):
+                try:
+                    self.photos.signature([name] if name else [])
+                except ValueError as error:
+                    raise products.error(row, f"image: {error}") from error
+            raise
 
+    def signature(self, number: int) -> str:
+        """Of the photos that the shard's products name."""
+        products, judged = self._open()
+        _, rows = self._products(judged, number)
+        images = products.take(["image"], rows)["image"].to_pylist() if "image" in products.names else []
+        return self._signature(products, rows, [name.strip() for name in images])
 
-class _Places:
-    """Rows of index.parquet, in order of the dense ids."""
+    def _open(self) -> tuple[Table, Judged]:
+        return open_table(self.products, self.published), Judged.open(self.folder / STAGING, self.labels)
 
-    def __init__(self) -> None:
-        self.product_id: list[str] = []
-        self.shard: list[int] = []
-        self.offset: list[int] = []
-        self.size: list[int] = []
-        self.photo: list[bool] = []
+    def _products(self, judged: Judged, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Dense ids and rows of a shard's products."""
+        ids = np.array_split(np.arange(len(judged.order)), self.shards)[number]
+        return ids, judged.order[ids]
 
-    def add(self, product_id: str, shard: int, offset: int, size: int, photo: bool) -> None:
-        self.product_id.append(product_id)
-        self.shard.append(shard)
-        self.offset.append(offset)
-        self.size.append(size)
-        self.photo.append(photo)
+    def _final(self, done: Done) -> bool:
+        """Whether another attempt would give the same shard."""
+        return not any(photo.transient or (photo.broken and not self._drops(photo)) for photo in done.failed)
 
-    def write(self, path: Path, pairs: np.ndarray) -> None:
-        columns = {
-            "product_id": pa.array(self.product_id, pa.string()),
-            "id": np.arange(len(pairs)),
-            "shard": pa.array(self.shard, pa.int32()),
-            "offset": pa.array(self.offset, pa.int64()),
-            "size": pa.array(self.size, pa.int64()),
-            "photo": pa.array(self.photo, pa.bool_()),
-            "pairs": pairs.astype(np.int32),
-        }
-        pq.write_table(pa.table(columns), path)
+    def _drops(self, photo: Failed) -> bool:
+        """Photos by URL are left out up to a limit, which is for the whole import to keep."""
+        return self.drop_broken or photo.web
 
+    def _photos(
+        self, products: Table, rows: np.ndarray, cells: list[dict[str, str]], names: list[str], stored: StoredPhotos
+    ) -> Iterator[Photo | Failed | None]:
+        """The photo of each product, why there is none, or None where none is named."""
+        ids = [row["product_id"] for row in cells]
+        missing = [number for number, name in enumerate(names) if name and ids[number] not in stored]
+        contents = fetched(self.photos, [names[number] for number in missing], self.ahead)
+        for row, id, name in zip(rows.tolist(), ids, names, strict=True):
+            if not name or id in stored:
+                yield stored.get(id)
+                continue
+            yield self._prepared(products, row, id, name, next(contents))
 
-class _Tar:
-    """One shard as it is written: hashed on the way, with the place of each sample."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self._hash, self._bytes = path, hashlib.sha256(), 0
-
-    def __enter__(self) -> "_Tar":
-        self._file = self.path.open("wb")
-        # PAX: USTAR refuses names of more than 100 characters, and percent-encoded ids grow long
-        self._tar = TarWriter(self, user="", group="", mode=0o644, encoder=False, mtime=0, format="PAX_FORMAT")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._tar.close()
-        self._file.close()
-
-    def write(self, content: bytes) -> int:
-        """What TarWriter asks of a file."""
-        self._hash.update(content)
-        self._bytes += len(content)
-        return self._file.write(content)
-
-    def add(self, product_id: str, record: Mapping[str, Any], photo: Photo | None) -> tuple[int, int]:
-        """Offset and size of the sample: its JSON, then its photo (TarWriter alone would sort jpg before json)."""
-        start, key = self._tar.tarstream.offset, sample_key(product_id)
-        content = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
-        self._tar.write({"__key__": key, "json": content})
-        if photo:
-            self._tar.write({"__key__": key, photo.ending: photo.content})
-        return start, self._tar.tarstream.offset - start
-
-    def shard(self, pairs: np.ndarray) -> Shard:
-        trainable, total = int((pairs > 0).sum()), int(pairs.sum())
-        return Shard(self.path.name, self._hash.hexdigest(), self._bytes, len(pairs), trainable, total)
-
-
-def sample_key(product_id: str) -> str:
-    """The name of a sample in a tar: what WebDataset would split at (dots, slashes) is percent-encoded as well."""
-    return quote(product_id, safe="").replace(".", "%2E")
+    def _prepared(self, products: Table, row: int, id: str, name: str, content: bytes | Failure) -> Photo | Failed:
+        if isinstance(content, Failure):
+            return Failed(row, content.reason, content.transient, broken=False, web=is_url(name))
+        try:
+            return prepared(content, id, self.max_side, self.quality)
+        except PhotoError as error:
+            failed = Failed(row, error.reason, transient=False, broken=True, web=is_url(name))
+            if self._drops(failed):
+                return failed
+            problem = broken_photo(products, row, name, error)
+            raise ValueError(f"{problem}. Replace it, or leave such photos out with on_broken_photo=drop") from error

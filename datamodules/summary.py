@@ -1,7 +1,11 @@
 """What an import found, printed at its end: nothing that was left out goes unsaid."""
 
+import csv
 import itertools
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 from rich.console import Console
@@ -9,8 +13,10 @@ from rich.table import Table
 
 from datamodules.catalogue import Catalogue
 from datamodules.manifest import SPLITS, Label, Manifest
+from datamodules.outputs import MISSING
 
 FEW = 6  # distinct numbers that are listed one by one
+WORST = 3  # hosts that are listed
 
 
 def print_summary(catalogue: Catalogue, manifest: Manifest, out: Path, console: Console | None = None) -> None:
@@ -20,8 +26,8 @@ def print_summary(catalogue: Catalogue, manifest: Manifest, out: Path, console: 
     console.print(_splits(catalogue, manifest), _histograms(catalogue, manifest), sep="\n")
     console.print(
         f"{manifest.products:,} products in {len(manifest.shards)} shards; {manifest.photos:,} with a photo, "
-        f"{manifest.missing_photos:,} name a file that is missing, {manifest.broken_photos:,} photos are broken "
-        f"and left out\n"
+        f"{manifest.missing_photos:,} name one that could not be had, {manifest.broken_photos:,} photos are "
+        f"broken and left out\n{_reasons(out / MISSING)}"
         f"text fields: {', '.join(manifest.fields)}\n"
         f"to train on, by {manifest.primary}: {trainable:,} products in {pairs:,} pairs",
         highlight=False,
@@ -32,6 +38,22 @@ def print_summary(catalogue: Catalogue, manifest: Manifest, out: Path, console: 
             "query texts in two splits: " + ", ".join(catalogue.shared_queries), highlight=False, markup=False
         )
     console.print(f"shards: {out}", highlight=False, markup=False)
+
+
+def _reasons(path: Path) -> str:
+    """Why photos are missing, and which hosts most of them were to come from; a line, or "" when none is missing."""
+    if not path.is_file():  # shards of an earlier version
+        return ""
+    with path.open(encoding="utf-8", newline="") as file:
+        missing = [(row["reason"], urlsplit(row["image"]).hostname) for row in csv.DictReader(file)]
+    told = [f"why: {_counted(reason for reason, _ in missing)}"]
+    if hosts := [host for _, host in missing if host]:
+        told.append(f"hosts: {_counted(hosts, WORST)}")
+    return f"{'; '.join(told)} (all in {path.name})\n" if missing else ""
+
+
+def _counted(words: Iterable[str], most: int | None = None) -> str:
+    return ", ".join(f"{word} {count:,}" for word, count in Counter(words).most_common(most))
 
 
 def _splits(catalogue: Catalogue, manifest: Manifest) -> Table:

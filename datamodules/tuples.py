@@ -1,10 +1,8 @@
 """The LightningDataModule: training tuples in the plan's order, and evaluation of queries against a whole corpus."""
 
-import difflib
 import re
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -14,21 +12,23 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.loops.progress import _ProcessedTracker
 
 from datamodules.batches import Look, Reader
+from datamodules.failures import REASONS
 from datamodules.loaders import EVALUATION, CorpusLoader, QueryLoader, Share, TupleLoader
-from datamodules.photos import PhotoError, thumbnail
-from datamodules.plan import Plan, Slots, draws, hashed
+from datamodules.plan import Plan, Slots, hashed
+from datamodules.retrieval_data import ShardsData
 from datamodules.shards import Shards
-from mmfusion.batch import Judgments, ProductBatch
+from datamodules.store import open_store
+from datamodules.verify import check_unusable, find_unusable, gathered
 
 Modality = Literal["text", "image"]
 ORDER = ("seed", "batch_size", "epoch", "streams", "window", "damping", "manifest")  # what decides who comes when
 
 
-class TupleDataModule(LightningDataModule):
+class TupleDataModule(ShardsData, LightningDataModule):
     """Implements mmfusion.batch.RetrievalData. `val_loaders` and `test_loaders` say what each evaluation loader yields.
 
     Args:
-        path: folder of shards.
+        path: folder of shards, or their address: s3://, gs://, http(s):// or another protocol of fsspec.
         batch_size: the global contrastive batch; each rank takes batch_size / ranks. A multiple of `streams`.
         text_fields: fields of the products' texts, joined by a space.
         image_size: of the photos, in pixels: both sides, or (height, width). Photos are squashed into it.
@@ -40,7 +40,12 @@ class TupleDataModule(LightningDataModule):
         window: samples among which a run is shuffled.
         workers: processes per rank that read and decode; 0: the training process itself.
         photo_cache_mib: memory per rank for decoded photos, so that they are decoded once a run; 0: none.
-        max_broken: fraction of an epoch's photos that may fail to decode before training stops.
+        max_broken: fraction of an epoch's or a corpus's products of which the sample or the photo may fail before
+            the run stops. A training sample that fails is replaced; in evaluation it has neither text nor photo.
+        verify: hash all shards of a folder at the start; those that have changed count as failed.
+        cache: folder for shards from an address; by default $MMFUSION_CACHE or ~/.cache/mmfusion.
+        cache_gib: GiB of shards that the cache keeps; by default all.
+        allow_pipe: let `path` be pipe:COMMAND, a shell command that writes file {name} to its output.
         eval_batch_size: rows per rank of an evaluation batch.
         val_corpus: what is searched in validation: "all" products, or "judged+N": those judged in val and N others.
         test_splits: splits that a test evaluates; by default all but train.
@@ -62,16 +67,21 @@ class TupleDataModule(LightningDataModule):
         workers: int = 0,
         photo_cache_mib: int = 1024,
         max_broken: float = 0.01,
+        verify: bool = False,
+        cache: str | None = None,
+        cache_gib: float | None = None,
+        allow_pipe: bool = False,
         eval_batch_size: int = 512,
         val_corpus: str = "all",
         test_splits: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        self.path, self.batch_size, self.seed = Path(path), batch_size, seed
+        self.path, self.batch_size, self.seed = path, batch_size, seed
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.look = Look(tuple(text_fields), size, "text" in modalities, "image" in modalities)
         self.epoch, self.damping, self.streams, self.window = epoch, damping, streams, window
         self.workers, self.photo_cache_mib, self.max_broken = workers, photo_cache_mib, max_broken
+        self.verify, self.cache, self.cache_gib, self.allow_pipe = verify, cache, cache_gib, allow_pipe
         self.eval_batch_size, self.val_corpus, self.test_splits = eval_batch_size, val_corpus, test_splits
         self._check_options(modalities)
         self._loader: Callable[[], TupleLoader | None] = lambda: None
@@ -100,17 +110,23 @@ class TupleDataModule(LightningDataModule):
             self.plan.batch(0, 0, self._rank, self._ranks)
 
     def _open(self) -> None:
-        shards = Shards.open(self.path)
+        cache = None if self.cache is None else Path(self.cache)
+        store = open_store(self.path, cache=cache, cache_gib=self.cache_gib, allow_pipe=self.allow_pipe)
+        shards = Shards.open(store)
         unknown = [name for name in self.look.text_fields if name not in shards.manifest.fields]
         if unknown or not self.look.text_fields:
             raise ValueError(
                 f"data.text_fields is {list(self.look.text_fields)}; "
-                f"{self.path} has {', '.join(shards.manifest.fields)}"
+                f"{store.address} has {', '.join(shards.manifest.fields)}"
             )
         splits = list(shards.manifest.splits)
         for split in self.test_splits or []:
             if split not in splits:
-                raise ValueError(f"data.test_splits names {split!r}; {self.path} has the splits {', '.join(splits)}")
+                raise ValueError(
+                    f"data.test_splits names {split!r}; {store.address} has the splits {', '.join(splits)}"
+                )
+        shards.tars.unusable = find_unusable(shards, self._rank, self._ranks, self.verify)
+        check_unusable(shards, self.max_broken)
         tested = [split for split in splits if split != "train"] if self.test_splits is None else self.test_splits
         self.val_loaders = ["queries/val", "corpus"] if "val" in splits else []
         self.test_loaders = ["corpus", *(f"queries/{split}" for split in tested)]
@@ -152,6 +168,20 @@ class TupleDataModule(LightningDataModule):
         loader = self._loader()
         if stage == "fit" and loader is not None:
             loader.close()
+        if "shards" in self.__dict__:
+            self.shards.close()
+
+    def failures(self) -> dict[str, int]:
+        """Per reason, the samples and photos of the training epoch that failed, on all ranks; all call this at once.
+
+        Raises ValueError, on every rank, where they are together more than data.max_broken allows.
+        """
+        loader = self._loader()
+        if loader is None:
+            return dict.fromkeys(REASONS, 0)
+        every = gathered(loader.failures, self._ranks)
+        every[0].merge(every[1:])
+        return every[0].counts()
 
     def val_dataloader(self) -> list[QueryLoader | CorpusLoader]:
         return [self._evaluation(name, self.val_corpus) for name in self.val_loaders]
@@ -169,8 +199,17 @@ class TupleDataModule(LightningDataModule):
 
     def corpus_loader(self, corpus: str = "all") -> CorpusLoader:
         """This rank's products of the corpus; over all ranks each once, in batches of equal length on every rank."""
-        ids = Share.of(self.corpus_ids(corpus), self._rank, self._ranks)
-        return CorpusLoader(self.reader, ids, self.eval_batch_size, self.seed, self.workers)
+        ids = self.corpus_ids(corpus)
+        share = Share.of(ids, self._rank, self._ranks)
+        return CorpusLoader(
+            self.reader,
+            share,
+            self.eval_batch_size,
+            self.seed,
+            self.workers,
+            products=len(ids),
+            max_broken=self.max_broken,
+        )
 
     def corpus_ids(self, corpus: str) -> Int64[np.ndarray, "product"]:
         """Dense ids of a corpus, ascending: "all", or "judged+N" with N products that no val query is judged on."""
@@ -181,79 +220,6 @@ class TupleDataModule(LightningDataModule):
         others = np.setdiff1d(products, judged)
         drawn = others[np.argsort(hashed(self.seed, EVALUATION, others), kind="stable")]
         return np.union1d(judged, drawn[: int(corpus.removeprefix("judged+"))])
-
-    def products(self, ids: Int64[np.ndarray, "product"]) -> ProductBatch:
-        """Any products, as evaluation sees them."""
-        return self.reader.products(ids, draws(self.seed, EVALUATION, ids))[0]
-
-    def query_texts(self, ids: Int64[np.ndarray, "query"]) -> list[str]:
-        return self.reader.queries(ids).text
-
-    def query_ids(self, ids: Int64[np.ndarray, "query"]) -> list[str]:
-        return self.shards.queries.query_id[ids].tolist()
-
-    def train_queries(self) -> list[str]:
-        return self.shards.queries.query[self.shards.queries.of("train")].tolist()
-
-    def query_columns(self) -> list[str]:
-        return self.shards.query_columns()
-
-    def query_column(self, name: str) -> np.ndarray:
-        return self.shards.query_column(_known(name, self.query_columns(), f"the queries of {self.path} have"))
-
-    def product_columns(self) -> list[str]:
-        return list(self.shards.manifest.fields)
-
-    def product_column(self, name: str) -> np.ndarray:
-        return self._fields([_known(name, self.product_columns(), f"the products of {self.path} have")])[0]
-
-    def product_texts(self) -> list[str]:
-        """The chosen fields as the text tower is given them; also when `modalities` shows it nothing."""
-        fields = self.look.text_fields
-        rows = zip(*self._fields(fields), strict=True)
-        return [self.reader.text(dict(zip(fields, row, strict=True))) for row in rows]
-
-    def _fields(self, names: Sequence[str]) -> list[np.ndarray]:
-        """Columns of texts, kept; the shards are read once for those of the towers, and once more for all others."""
-        missing = set(names) - set(self._texts)
-        if missing:
-            shown = missing <= set(self.look.text_fields)
-            wanted = self.look.text_fields if shown else [n for n in self.product_columns() if n not in self._texts]
-            self._texts |= self.shards.texts(wanted)
-        return [self._texts[name] for name in names]
-
-    def has_photo(self) -> np.ndarray:
-        return self.shards.index.photo
-
-    def train_positives(self) -> np.ndarray:
-        return self.shards.index.pairs
-
-    def thumbnails(self, ids: Int64[np.ndarray, "product"], side: int) -> list[bytes | None]:
-        """None also for a photo that cannot be decoded: training counts these."""
-        return [self._thumbnail(int(id), side) for id in ids]
-
-    def _thumbnail(self, id: int, side: int) -> bytes | None:
-        sample = self.shards.read(id)
-        try:
-            return None if sample.photo is None else thumbnail(sample.photo, side, sample.product_id)
-        except PhotoError:
-            return None
-
-    def texts(self) -> Iterator[str]:
-        for id in np.flatnonzero(self.shards.index.trainable):
-            yield self.reader.text(self.shards.read(int(id)).texts)
-        yield from self.train_queries()
-
-    def judgments(self, split: str) -> Judgments:
-        return self.shards.judgments(split)
-
-    def product_ids(self) -> list[str]:
-        return self.shards.index.product_id.tolist()
-
-    @property
-    def gains(self) -> dict[str, Any]:
-        """Per label column: what its labels are worth (None: numbers, their own gains), and the least positive gain."""
-        return {name: asdict(label) for name, label in self.shards.manifest.labels.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What decides the order, the same on every rank; the position in it is the trainer's."""
@@ -272,12 +238,3 @@ class TupleDataModule(LightningDataModule):
 
     def _order(self, name: str) -> Any:
         return self.manifest_hash if name == "manifest" else getattr(self, name)
-
-
-def _known(name: str, names: Sequence[str], has: str) -> str:
-    """The name; ValueError when it is not among the names."""
-    if name not in names:
-        near = difflib.get_close_matches(name, names, 1)
-        hint = f"did you mean {near[0]!r}? {has}" if near else has
-        raise ValueError(f"no column {name!r}; {hint} {', '.join(names) or 'none'}")
-    return name

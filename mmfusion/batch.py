@@ -162,3 +162,9 @@ class RetrievalData(Protocol):
 
     def thumbnails(self, ids: np.ndarray, side: int) -> list[bytes | None]:
         """Photos of any products as JPEG, `side` pixels at most; None where there is none."""
+
+    def failures(self) -> dict[str, int]:
+        """What failed in the training epoch on all ranks, by reason: the same keys always, 0 where nothing did.
+
+        With several ranks, all call this at once, at the epoch's end. Raises ValueError when it is more than allowed.
+        """

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmfusion.batch import RetrievalData
@@ -139,26 +139,39 @@ def data(argv: list[str]) -> None:
     """A catalogue into shards, by the importer of its data set."""
     from jsonargparse import ArgumentParser  # noqa: PLC0415
 
-    options, rest = _parser("data", **{"from": "data set"}).parse_known_args(argv)
-    function = importer(getattr(options, "from") or "")
-    parser = ArgumentParser(prog="mmfusion data", exit_on_error=False)
-    parser.add_function_arguments(function)
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # --help is about the data set's options
+    chooser.add_argument("--from", default="")
+    options, rest = chooser.parse_known_args(argv)
+    made = importer(getattr(options, "from"))
+    parser = ArgumentParser(prog="mmfusion data", exit_on_error=False, allow_abbrev=False)
+    if isinstance(made, type):
+        parser.add_class_arguments(made)
+    else:
+        parser.add_function_arguments(made)
     names = [action.dest.upper() for action in parser._actions if action.required]
     given = [arg for arg in rest if arg not in ("--src=", "--out=")]
     missing = [name for name in names if not any(arg.startswith(f"--{name.lower()}=") for arg in given)]
-    if missing:
+    if missing and not {"-h", "--help"} & set(given):
         raise ValueError(
             f"make data FROM={getattr(options, 'from')} needs {' and '.join(missing)}: make data SRC=folder OUT=folder"
         )
-    function(**parser.parse_args(given).as_dict())
+    chosen = vars(parser.instantiate(parser.parse_args(given)))
+    try:
+        made(**chosen).run() if isinstance(made, type) else made(**chosen)
+    except KeyboardInterrupt:  # what was kept has been said
+        sys.exit(130)
 
 
-def importer(name: str) -> Callable[..., None]:
-    """A data set's importer, by the entry point that a package registers under `mmfusion.importers`."""
+def importer(name: str) -> Callable[..., Any]:
+    """A data set's importer, by the entry point that a package registers under `mmfusion.importers`.
+
+    It is a function that imports, or a class whose parameters are the options and whose method `run` imports.
+    """
     points = {point.name: point for point in metadata.entry_points(group="mmfusion.importers")}
     if name not in points:
         raise ValueError(f"FROM={name or '(nothing)'} is no importer: there are {', '.join(sorted(points))}")
-    return points[name].load()
+    importer: Callable[..., Any] = points[name].load()
+    return importer
 
 
 def evaluate(argv: list[str]) -> None:

@@ -194,6 +194,11 @@ class RetrievalModule(StagedModule):
         self._log_step(total, terms, len(batch))
         return total
 
+    def on_train_epoch_end(self) -> None:
+        failed = {reason.replace(" ", "_"): count for reason, count in self.data.failures().items() if count}
+        # the same on all ranks already
+        self.log_dict({f"data/failed/{reason}": float(count) for reason, count in failed.items()}, sync_dist=False)
+
     def terms(self, batch: TupleBatch, names: set[str]) -> dict[str, Float[Tensor, ""]]:
         """The loss terms `names` on one rank's share of the batch; DDP's mean over ranks is the whole batch's loss."""
         needed = sides(names)

@@ -18,6 +18,7 @@ from mmfusion.stages import Group, LossWeights, Stage, Until
 # What may differ when a run is resumed: where things are, how fast they are made, what is only reported.
 RESUME_MAY_CHANGE = (
     "data.path", "data.workers", "data.eval_batch_size", "data.test_splits", "data.photo_cache_mib",
+    "data.max_broken", "data.verify", "data.cache", "data.allow_pipe",
     "model.memo_gib", "model.evaluation", "model.compile", "model.zero_shot",
 )  # fmt: skip
 # The trainer's options that decide the weights; its others may change.

@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 
 from mmfusion.batch import RetrievalData
-from mmfusion.checkpoints import BestCheckpoint, LastCheckpoint, best_of
+from mmfusion.checkpoints import BestCheckpoint, LastCheckpoint, WholeFiles, best_of
 from mmfusion.dashboard import final_values, log_evaluation
 from mmfusion.environment import MadeWith, commit
 from mmfusion.loggers import Wandb, make_loggers
@@ -102,7 +102,9 @@ class FusionCLI(LightningCLI):
             callbacks += [MadeWith(self.run_folder, self.resolved())]
             kwargs["logger"] = make_loggers(self.run_folder, self.config_init.wandb)
         self.trainer_defaults["callbacks"] = callbacks
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.strategy.checkpoint_io = WholeFiles()
+        return trainer
 
 
 def fit_and_evaluate(cli: FusionCLI) -> None:

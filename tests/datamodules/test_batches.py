@@ -2,13 +2,19 @@
 
 import pickle
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from datamodules.batches import Request
+from datamodules.plan import draws
+from datamodules.shards import Shards
+from datamodules.substitutes import TRIES, substitutes
 from datamodules.tuples import TupleDataModule
-from tests.datamodules.drawn import Tables, draw_shards, module, same, tuples_of
+from tests.datamodules.damage import copied, overwrite
+from tests.datamodules.drawn import SIZE, Tables, draw_shards, module, same, tuples_of
 
 GAIN = {"E": 1.0, "S": 0.1, "I": 0.0}
 
@@ -144,3 +150,96 @@ def test_the_cache_keeps_what_fits(tables: Tables) -> None:
 def test_a_reader_reads_the_same_in_another_process(tables: Tables) -> None:
     data, ids = module(tables), np.arange(20)
     assert same(data.reader.products(ids, ids)[0], pickle.loads(pickle.dumps(data.reader)).products(ids, ids)[0])
+
+
+def test_substitutes_are_others_and_depend_on_seed_epoch_product_and_slot_alone() -> None:
+    trainable = np.arange(0, 200, 2)
+    first = list(substitutes(trainable, 1, 2, 10, 0))
+    assert first == list(substitutes(trainable, 1, 2, 10, 0))
+    assert TRIES - 5 < len(first) <= TRIES
+    assert set(first) <= set(trainable) - {10}
+    assert len(set(first)) > 30
+    for other in ((2, 2, 10, 0), (1, 3, 10, 0), (1, 2, 12, 0), (1, 2, 10, 1)):
+        assert list(substitutes(trainable, *other)) != first
+    assert list(substitutes(np.array([10]), 1, 2, 10, 0)) == []
+
+
+@pytest.fixture
+def damaged(tables: Tables, tmp_path: Path) -> tuple[TupleDataModule, list[int]]:
+    """Shards in which three trainable products cannot be read, and these."""
+    path = copied(tables, tmp_path)
+    lost = np.flatnonzero(Shards.open(path).index.trainable)[[0, 7, 40]].tolist()
+    for id in lost:
+        overwrite(path, id, b"")
+    data = TupleDataModule(str(path), batch_size=16, image_size=SIZE, max_broken=0.1)
+    data.setup("fit")
+    return data, lost
+
+
+def test_a_training_sample_that_cannot_be_read_is_replaced(
+    damaged: tuple[TupleDataModule, list[int]], tables: Tables
+) -> None:
+    data, lost = damaged
+    ids, one = data.slots.product, np.ones_like(data.slots.product)
+    whole, none = module(tables).reader.tuples(Request(5, 3, ids, one * 0, one))
+    batch, failed = data.reader.tuples(Request(5, 3, ids, one * 0, one))
+    assert none == []
+    assert [(one.reason, one.product_id) for one in failed] == [("wrong member", data.product_ids()[id]) for id in lost]
+    got = batch.product.id.tolist()
+    assert [id for id in ids.tolist() if id not in lost] == [a for a, b in zip(got, ids, strict=True) if a == b]
+    assert batch.product.draw.tolist() == draws(5, 3, batch.product.id.numpy()).tolist()
+    place = {id: row for row, id in enumerate(ids.tolist())}
+    names, queries = data.product_ids(), data.query_ids(batch.query.id.numpy())
+    for row, id in enumerate(got):
+        # a tuple of its own: what the substitute shows in its own place, as an epoch of products has one slot of each
+        expected = tuples_of(whole)[place[id]]
+        assert tuples_of(batch)[row] == expected
+        assert batch.product.text[row] == whole.product.text[place[id]]
+        assert queries[row] in tables.positives(names[id])
+        assert (id != ids[row]) == (int(ids[row]) in lost)
+
+
+def test_an_epoch_of_pairs_replaces_each_slot(damaged: tuple[TupleDataModule, list[int]], tables: Tables) -> None:
+    data, lost = damaged
+    slots = np.arange(20)
+    request = Request(0, 0, np.full(20, lost[0]), slots, slots * 0 + 20)
+    batch, failed = data.reader.tuples(request)
+    assert len(failed) == 20
+    assert len(set(batch.product.id.tolist())) > 10
+    assert not set(batch.product.id.tolist()) & set(lost)
+    for query, product in zip(data.query_ids(batch.query.id.numpy()), batch.product.id.tolist(), strict=True):
+        assert query in tables.positives(data.product_ids()[product])
+
+
+def test_in_evaluation_it_stays_with_neither_text_nor_photo(damaged: tuple[TupleDataModule, list[int]]) -> None:
+    data, lost = damaged
+    ids = np.arange(150)
+    batch, failed = data.reader.products(ids, ids)
+    assert batch.id.tolist() == ids.tolist()
+    assert [one.product_id for one in failed] == [data.product_ids()[id] for id in lost]
+    for id in lost:
+        assert batch.text[id] == ""
+        assert not batch.present[id].any()
+        assert not batch.photo[id].any()
+    others = np.setdiff1d(ids, lost)
+    assert (batch.present[others, 1].numpy() == data.has_photo()[others]).all()
+
+
+def test_where_nothing_can_be_read_there_is_no_substitute(tables: Tables, tmp_path: Path) -> None:
+    path = copied(tables, tmp_path)
+    for id in range(150):
+        overwrite(path, id, b"")
+    data = TupleDataModule(str(path), batch_size=16, image_size=SIZE, max_broken=1.0)
+    data.setup("fit")
+    with pytest.raises(ValueError, match=r"none of 64 products that could take the place of product \d+ can be read"):
+        next(iter(data.train_dataloader()))
+
+
+def test_a_photo_that_is_kept_is_not_read_again(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, asked = module(tables), list[bool]()
+    read = data.shards.read
+    monkeypatch.setattr(data.shards, "read", lambda id, photo: asked.append(photo) or read(id, photo))
+    ids = np.flatnonzero(data.has_photo())
+    first, second = (data.reader.products(ids, ids)[0] for _ in range(2))
+    assert same(first, second)
+    assert asked == [True] * len(ids) + [False] * len(ids)

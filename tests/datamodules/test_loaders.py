@@ -1,6 +1,10 @@
 """Loaders: the same batches whatever the workers and ranks; broken photos are counted."""
 
+import multiprocessing
 import shutil
+import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules.loaders import Share, TupleLoader
+from datamodules import lookahead
+from datamodules.batches import Reader
+from datamodules.loaders import CorpusLoader, Share, TupleLoader
+from datamodules.lookahead import LookAhead
 from datamodules.shards import Shards
 from datamodules.tuples import TupleDataModule
+from tests.datamodules.damage import Elsewhere, copied, overwrite
 from tests.datamodules.drawn import PRODUCTS, SIZE, Tables, draw_shards, module, same, tuples_of
 
 
@@ -19,8 +27,8 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Tables:
     return draw_shards(tmp_path_factory.mktemp("catalogue"))
 
 
-def of_rank(data: TupleDataModule, rank: int, ranks: int) -> TupleLoader:
-    return TupleLoader(data.plan, data.slots, data.reader, lambda: (0, 0), rank=rank, ranks=ranks)
+def of_rank(data: TupleDataModule, rank: int, ranks: int, **options: float) -> TupleLoader:
+    return TupleLoader(data.plan, data.slots, data.reader, lambda: (0, 0), rank=rank, ranks=ranks, **options)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -99,18 +107,177 @@ def test_broken_photos_are_absent_and_told_of(tables: Tables, tmp_path: Path, wo
     data = TupleDataModule(str(path), batch_size=16, image_size=SIZE, workers=workers, max_broken=0.1)
     data.setup("fit")
     photos = data.shards.index.photo
-    with pytest.warns(UserWarning, match=r"epoch 0: 3 photos of 80 products .*\(3 not a photo\).*00000.tar \(3\)"):
+    with pytest.warns(UserWarning, match=r"epoch 0: 3 of 80 products .*\(3 not a photo\).*00000.tar \(3\)"):
         batches = list(data.train_dataloader())
     absent = [p for batch in batches for p in batch.product.id[~batch.product.present[:, 1]].tolist() if photos[p]]
     assert len(absent) == 3
-    with pytest.warns(UserWarning, match=r"corpus: 3 photos of 150 products cannot be decoded"):
+    with pytest.warns(UserWarning, match=r"corpus: 3 of 150 products failed"):
         list(data.corpus_loader())
 
 
 def test_too_many_broken_photos_stop_the_epoch(tables: Tables, tmp_path: Path) -> None:
     data = TupleDataModule(str(spoiled(tables, tmp_path, photos=3)), batch_size=16, image_size=SIZE, max_broken=0.02)
     data.setup("fit")
-    with pytest.raises(
-        ValueError, match=r"2 photos of 80 products .* most in shards 00000.tar .* data.max_broken=0.02"
-    ):
+    with pytest.raises(ValueError, match=r"2 of 80 products .* most in shards 00000.tar .* data.max_broken=0.02"):
         list(data.train_dataloader())
+
+
+@pytest.fixture
+def damaged(tables: Tables, tmp_path: Path) -> Path:
+    """Shards in which three products that the first epoch shows cannot be read."""
+    path = copied(tables, tmp_path)
+    for id in next(iter(module(tables).train_dataloader())).product.id[:3].tolist():
+        overwrite(path, id, b"")
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:epoch 0")
+@pytest.mark.parametrize("epoch", ["products", "pairs"])
+def test_who_takes_the_place_of_a_lost_product_depends_on_neither_ranks_nor_workers(damaged: Path, epoch: str) -> None:
+    options = {"batch_size": 16, "image_size": SIZE, "max_broken": 1.0, "epoch": epoch, "photo_cache_mib": 0}
+    data, helped = (TupleDataModule(str(damaged), workers=workers, **options) for workers in (0, 2))
+    data.setup("fit")
+    helped.setup("fit")
+    whole = [tuples_of(batch) for batch in data.train_dataloader()]
+    assert [tuples_of(batch) for batch in helped.train_dataloader()] == whole
+    for ranks in (2, 4):
+        parts = [[tuples_of(batch) for batch in of_rank(data, rank, ranks, max_broken=1.0)] for rank in range(ranks)]
+        assert [[row for part in step for row in part] for step in zip(*parts, strict=True)] == whole
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_lost_products_are_counted_and_limited(damaged: Path, workers: int) -> None:
+    options = {"batch_size": 16, "image_size": SIZE, "eval_batch_size": 16, "workers": workers}
+    data = TupleDataModule(str(damaged), max_broken=0.1, **options)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    said = r"epoch 0: 3 of 80 products failed \(3 wrong member\).*the 3 that could not be read at all were replaced"
+    with pytest.warns(UserWarning, match=said):
+        list(loader)
+    assert data.failures() == {**dict.fromkeys(data.failures(), 0), "wrong member": 3}
+    with pytest.warns(UserWarning, match=r"corpus: 3 of 150 .*the 3 .* were taken without text and photo"):
+        assert sum(len(batch.id) for batch in data.corpus_loader()) == 150
+    data.max_broken = 0.01
+    for passing in (data.corpus_loader(), data.train_dataloader()):
+        with pytest.raises(ValueError, match=r"failed \(\d wrong member\).*data.max_broken=0.01"):
+            list(passing)
+
+
+def test_a_row_that_pads_is_not_counted_twice(tables: Tables, tmp_path: Path) -> None:
+    path = copied(tables, tmp_path)
+    overwrite(path, PRODUCTS - 1, b"")
+    reader = Reader(Shards.open(path), module(tables).look, 0.5, 0)
+    shares = [Share.of(np.arange(PRODUCTS), rank, 4) for rank in range(4)]
+    assert (~shares[3].valid).sum() == 2
+    counts = []
+    for share in shares:
+        loader = CorpusLoader(reader, share, 5, seed=0, workers=0)
+        counts += [len(failed) for _, failed in map(loader._read, loader.parts)]
+    assert sum(counts) == 1
+
+
+def remote(path: Path, tables: Tables, **options: int) -> tuple[TupleDataModule, Elsewhere]:
+    """A datamodule on shards that a store has elsewhere."""
+    store = Elsewhere(path)
+    data = module(tables, batch_size=8, **options)
+    data.reader = Reader(Shards.open(store), data.look, 0.5, 0)
+    store.fetched.clear()
+    return data, store
+
+
+def names(fetched: list[list[str]]) -> set[str]:
+    return {name for some in fetched for name in some}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_from_elsewhere_are_fetched_ahead_of_their_step(
+    tables: Tables, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lookahead, "STEPS", 2)
+    expected = [tuples_of(batch) for batch in module(tables, batch_size=8).train_dataloader()]
+    data, store = remote(copied(tables, tmp_path), tables)
+    data.workers = workers
+    loader = data.train_dataloader()
+    got, batches = [], iter(loader)
+    got.append(tuples_of(next(batches)))
+    assert ahead_threads(), "a thread fetches"
+    got += [tuples_of(batch) for batch in batches]
+    assert got == expected
+    assert not ahead_threads(wait=True)
+    assert workers == 0 or names(store.fetched) == {f"{n:05d}.tar" for n in range(8)}, "not by the workers alone"
+    data.teardown("fit")
+
+
+def ahead_threads(wait: bool = False) -> list[threading.Thread]:
+    threads = [thread for thread in threading.enumerate() if thread.name == "look-ahead"]
+    for thread in threads if wait else []:
+        thread.join(10)
+    return [thread for thread in threads if thread.is_alive()]
+
+
+def test_a_loader_that_is_left_ends_its_look_ahead(tables: Tables, tmp_path: Path) -> None:
+    data, _ = remote(copied(tables, tmp_path), tables)
+    batches = iter(data.train_dataloader())
+    next(batches)
+    del batches
+    assert not ahead_threads(wait=True)
+
+
+def test_look_ahead_stays_within_its_steps(tables: Tables, tmp_path: Path) -> None:
+    _, store = remote(copied(tables, tmp_path), tables)
+    asked: list[int] = []
+    arrived = threading.Condition()
+
+    def shards_of(step: int) -> list[int]:
+        with arrived:
+            asked.append(step)
+            arrived.notify()
+        return [step % 8]
+
+    ahead = LookAhead(Shards.open(store).tars, shards_of, first=5, last=200)
+    with arrived:
+        assert arrived.wait_for(lambda: len(asked) == lookahead.STEPS, 10)
+    ahead.at(60)  # what lies behind is not fetched any more
+    with arrived:
+        assert arrived.wait_for(lambda: asked[-1] == 60 + lookahead.STEPS, 10)
+    ahead.close()
+    assert not ahead_threads(wait=True)
+    assert asked == [*range(5, 5 + lookahead.STEPS), *range(61, 61 + lookahead.STEPS)]
+
+
+def test_reading_asks_for_all_shards_of_a_request_at_once(tables: Tables, tmp_path: Path) -> None:
+    data, store = remote(copied(tables, tmp_path), tables)
+    ids = np.array([0, 60, 1, 149])
+    for _ in range(2):
+        data.reader.products(ids, ids)
+    assert store.fetched == [["00000.tar", "00003.tar", "00007.tar"], []]  # then they are open
+
+
+class Slow(Elsewhere):
+    """Each fetch takes a while."""
+
+    inside = False
+
+    def fetch(self, names: Sequence[str]) -> None:
+        self.inside = True
+        time.sleep(0.02)
+        self.inside = False
+
+
+def test_no_worker_is_forked_in_the_middle_of_a_fetch(tables: Tables) -> None:
+    """It would inherit the locks that the thread holds, for ever."""
+    store = Slow(tables.path)
+    shards = Shards.open(store)
+    ahead = LookAhead(shards.tars, lambda step: [step % 8], first=0, last=10**6)
+    context = multiprocessing.get_context("fork")
+    found = []
+    for step in range(8):
+        ahead.at(100 * step)  # there is always something to fetch
+        ours, theirs = context.Pipe()
+        child = context.Process(target=lambda pipe: pipe.send(store.inside), args=(theirs,))
+        child.start()
+        found.append(ours.recv())
+        child.join()
+    ahead.close()
+    assert not ahead_threads(wait=True)
+    assert found == [False] * 8

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn import functional as F
 
-from datamodules.photos import MAX_PIXELS, PhotoError, decode_photo
+from datamodules.photos import MAX_PIXELS, PhotoError, decode_photo, thumbnail
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -50,6 +50,53 @@ def test_a_jpeg_decoded_at_a_fraction_looks_like_one_decoded_in_full() -> None:
     assert np.abs(found - full).mean() < 1
 
 
+def textured(height: int, width: int) -> Image.Image:
+    """What photos have: broad colours, detail of every size, a little grain."""
+    random = np.random.default_rng(height + width)
+    pixels = random.normal(128, 3, (height, width, 3))
+    for side, contrast in ((4, 90), (12, 40), (40, 20), (max(height, width) // 4, 14)):
+        for channel in range(3):
+            coarse = Image.fromarray(random.standard_normal((side, side)).astype(np.float32))
+            pixels[..., channel] += contrast * np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def as_by_pillow(content: bytes, height: int, width: int) -> np.ndarray:
+    """Pillow's own scaled decoding and resizing, step by step."""
+    image = Image.open(io.BytesIO(content))
+    image.draft(None, (width, height))
+    return np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)).astype(int)
+
+
+SIZES = [((512, 512), (224, 224)), ((80, 60), (64, 64)), ((700, 1500), (224, 224))]
+ODD = [((448, 900), (224, 224)), ((9, 300), (4, 64)), ((7, 5), (3, 2)), ((30, 20), (40, 50))]
+JPEGS: dict[str, dict[str, object]] = {
+    "4:2:0": {},
+    "4:4:4": {"subsampling": "4:4:4"},
+    "progressive": {"progressive": True},
+    "with restarts": {"restart_marker_blocks": 3},
+    "with XMP": {"xmp": b"<x:xmpmeta/>"},
+}
+
+
+@pytest.mark.parametrize(("stored", "shown"), SIZES)
+def test_a_jpeg_is_close_to_a_full_decode_resized_in_float64(stored: tuple[int, int], shown: tuple[int, int]) -> None:
+    content = encoded(textured(*stored), "JPEG", quality=87)
+    full = torch.from_numpy(np.array(Image.open(io.BytesIO(content)))).permute(2, 0, 1)[None].double()
+    expected = F.interpolate(full, shown, mode="bilinear", antialias=True)[0]
+    assert (decoded(content, *shown).double() - expected).abs().mean() < 1.5
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+@pytest.mark.parametrize(("stored", "shown"), [*SIZES, *ODD])
+def test_every_kind_of_jpeg_has_the_pixels_of_pillow(
+    kind: str, stored: tuple[int, int], shown: tuple[int, int]
+) -> None:
+    content = encoded(textured(*stored), "JPEG", quality=90, **JPEGS[kind])
+    found = decoded(content, *shown).permute(1, 2, 0).numpy()
+    assert np.abs(found - as_by_pillow(content, *shown)).max() <= 1
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_exif_orientation_is_honoured(orientation: int, kind: str) -> None:
@@ -59,6 +106,24 @@ def test_exif_orientation_is_honoured(orientation: int, kind: str) -> None:
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
     found = decoded(content, upright.height, upright.width).permute(1, 2, 0).numpy().astype(int)
     assert np.abs(found - np.asarray(upright)).max() <= 3
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_view_of_a_larger_read_is_decoded_as_a_copy_of_it(kind: str) -> None:
+    content = encoded(textured(40, 30), kind)
+    view = memoryview(b"before" + content + b"after")[6:-5]
+    assert (decode_photo(view, (20, 20), "p1") == decode_photo(content, (20, 20), "p1")).all()
+    assert thumbnail(view, 16, "p1") == thumbnail(content, 16, "p1")
+
+
+def test_an_orientation_behind_padding_and_other_segments_is_found() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(smooth(48, 64), "JPEG", exif=exif, icc_profile=b"\xff\xda" * 50)
+    padded = content.replace(b"\xff\xe1", b"\xff\xff\xff\xe1")
+    assert len(padded) == len(content) + 2
+    assert (decoded(padded, 64, 48) == decoded(content, 64, 48)).all()
+    assert decoded(content, 64, 48)[0].float().diff(dim=1).mean() < -1  # what grows downwards grows to the left
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
@@ -146,6 +211,38 @@ def test_pixels_are_counted_before_decoding() -> None:
     assert 8_000 * 8_000 <= MAX_PIXELS < 10_000 * 8_000
     with pytest.raises(PhotoError, match=r"10000 x 8000 pixels, at most 64,000,000"):
         decoded(png_of_claimed_size(10_000, 8_000))
+
+
+def test_pixels_of_a_jpeg_are_counted_before_decoding() -> None:
+    content = encoded(smooth(16, 16), "JPEG")
+    size = content.index(b"\xff\xc0") + 5  # of the frame's header: length, precision, then height and width
+    with pytest.raises(PhotoError, match="9000 x 8000 pixels") as caught:
+        decoded(content[:size] + struct.pack(">HH", 8000, 9000) + content[size + 4 :])
+    assert caught.value.reason == "too large"
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_that_ends_too_soon_is_damaged_wherever_it_ends(progressive: bool) -> None:
+    content = encoded(textured(120, 90), "JPEG", progressive=progressive)
+    start = content.index(b"\xff\xda")
+    for end in [*range(start + 20, len(content) - 40, len(content) // 40), len(content) - 40]:
+        with pytest.raises(PhotoError) as caught:
+            decoded(content[:end], 30, 30)
+        assert caught.value.reason == "damaged"
+
+
+def test_a_jpeg_with_something_superfluous_in_it_is_decoded() -> None:
+    content = encoded(smooth(90, 90), "JPEG")
+    strewn = content[:-2] + b"\x00\x00\x00" + content[-2:]  # libjpeg warns: extraneous bytes before a marker
+    assert (decoded(strewn) == decoded(content)).all()
+    assert (decoded(content + b"more") == decoded(content)).all()
+
+
+def test_quality_decides_the_size_of_a_thumbnail() -> None:
+    content = encoded(textured(200, 100), "JPEG")
+    small = [len(thumbnail(content, 64, "p1", quality)) for quality in (30, 60, 90)]
+    assert small == sorted(small)
+    assert Image.open(io.BytesIO(thumbnail(content, 64, "p1"))).size == (32, 64)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")

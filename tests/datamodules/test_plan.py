@@ -1,6 +1,11 @@
 """The plan against its promises: a stated order, the same for every number of ranks, seen once, well shuffled."""
 
+import hashlib
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamodules.plan import Plan, Slots, chosen, draws, hashed, points, splitmix64, uniform
+
+ROOT = Path(__file__).parents[2]
 
 
 @st.composite
@@ -66,6 +73,46 @@ def test_an_epoch_sees_each_slot_at_most_once_and_misses_less_than_a_batch(plan:
     assert total - plan.size < len(positions) <= total
 
 
+@st.composite
+def parted(draw: st.DrawFn) -> tuple[Plan, int]:
+    """A plan and a number of ranks that can share it, powers of two or not."""
+    streams = draw(st.sampled_from([1, 2, 3, 6, 8, 12]))
+    batch = streams * draw(st.integers(1, 4))
+    slots = np.array(draw(st.lists(st.integers(0, 50), min_size=1, max_size=9)))
+    slots[0] += batch
+    plan = Plan(slots, draw(st.integers(0, 2**40)), batch, streams, window=draw(st.integers(1, 100)))
+    return plan, draw(st.sampled_from([ranks for ranks in range(1, streams + 1) if streams % ranks == 0]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(parted(), st.integers(0, 1000))
+def test_ranks_never_overlap_and_have_equally_many_full_batches(case: tuple[Plan, int], epoch: int) -> None:
+    plan, ranks = case
+    parts = [seen(plan, epoch, rank, ranks) for rank in range(ranks)]
+    assert {len(part) for part in parts} == {plan.steps}
+    assert {len(batch) for part in parts for batch in part} == {plan.size // ranks}
+    every = np.concatenate([batch for part in parts for batch in part])
+    assert len(np.unique(every)) == len(every) > plan.slots.sum() - plan.size
+
+
+def digest(slots: list[int], seed: int, epoch: int) -> str:
+    """Of the order of one epoch, and of its draws."""
+    plan = Plan(np.array(slots), seed, batch=24, streams=8, window=50)
+    order = np.concatenate(seen(plan, epoch))
+    return hashlib.sha256(order.astype("<i8").tobytes() + draws(seed, epoch, order).astype("<i8").tobytes()).hexdigest()
+
+
+def test_the_order_is_the_same_in_every_process_and_version() -> None:
+    """Pinned: a run that was begun before an upgrade goes on in the same order after it."""
+    pinned = "f4b84a4ff6c22b97ff35c103d76aaa58e2955694ed149cb027b86ea8105b9704"
+    assert digest([70, 0, 33, 41, 90], 7, 3) == pinned
+    code = "from tests.datamodules.test_plan import digest; print(digest([70, 0, 33, 41, 90], 7, 3))"
+    for salt in ("0", "4242"):
+        environment = {**os.environ, "PYTHONHASHSEED": salt, "PYTHONPATH": str(ROOT)}
+        told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert told.stdout.strip() == pinned
+
+
 @settings(max_examples=20, deadline=None)
 @given(plans())
 def test_a_plan_is_a_function_of_seed_and_epoch(plan: Plan) -> None:
@@ -89,6 +136,50 @@ def test_two_epochs_and_two_seeds_differ() -> None:
     plan, other = (Plan(np.full(20, 50), seed, batch=64) for seed in (0, 1))
     assert (plan.batch(0, 0) != plan.batch(1, 0)).mean() > 0.9
     assert (plan.batch(0, 0) != other.batch(0, 0)).mean() > 0.9
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=3, max_size=12), st.integers(0, 2**40), st.integers(0, 1000))
+def test_any_two_epochs_differ(slots: list[int], seed: int, epoch: int) -> None:
+    plan = Plan(np.array([*slots, 30]), seed, batch=8, streams=4, window=20)
+    first, second, much_later = (np.concatenate(seen(plan, e)) for e in (epoch, epoch + 1, epoch + 1000))
+    for a, b in ((first, second), (first, much_later), (second, much_later)):
+        assert (a != b).any()
+
+
+def places(plan: Plan, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The step and the stream that show each position; the plan leaves none out."""
+    order = np.stack(seen(plan, epoch))
+    assert order.size == plan.slots.sum()
+    step, stream = np.empty((2, order.size), np.int64)
+    step[order] = np.arange(plan.steps)[:, None]
+    stream[order.reshape(plan.steps, plan.streams, -1)] = np.arange(plan.streams)[:, None]
+    return step, stream
+
+
+def test_batches_of_two_epochs_have_no_more_in_common_than_by_chance() -> None:
+    plan = Plan(np.full(100, 100), seed=0, batch=80)
+    pairs = plan.steps * 80 * 79 // 2  # of samples that share a batch, in each epoch
+    by_chance = pairs * pairs / (10_000 * 9999 / 2)
+    step = [places(plan, epoch)[0] for epoch in range(4)]
+    for one, other in ((0, 1), (1, 2), (2, 3), (0, 3)):
+        together = np.bincount(step[one] * plan.steps + step[other])
+        assert (together * (together - 1) // 2).sum() < 1.08 * by_chance  # a count near 3,100, of deviation 56
+
+
+def test_neighbours_and_neighbouring_shards_are_spread_over_steps_and_streams() -> None:
+    plan = Plan(np.full(200, 50), seed=3, batch=80)
+    step, stream = (np.stack(rows) for rows in zip(*(places(plan, epoch) for epoch in range(6)), strict=True))
+    for far in (1, 50):  # |U - V| of two independent places among n has mean n / 3
+        assert np.abs(step[:, far:] - step[:, :-far]).mean() == pytest.approx(plan.steps / 3, rel=0.05)
+    assert (stream[:, 50:] == stream[:, :-50]).mean() == pytest.approx(1 / 8, abs=0.03)
+    assert (stream[1:] == stream[:-1]).mean() == pytest.approx(1 / 8, abs=0.03)  # of one sample in two epochs
+
+
+def test_a_batch_draws_from_as_many_shards_as_by_chance() -> None:
+    plan = Plan(np.full(100, 100), seed=1, batch=80)
+    shards = [len(np.unique(batch // 100)) for batch in seen(plan, epoch=5)]
+    assert np.mean(shards) == pytest.approx(100 * (1 - 0.99**80), rel=0.03)  # of 80 draws from 100 shards
 
 
 def test_neighbours_in_the_catalogue_end_up_far_apart() -> None:
@@ -129,6 +220,26 @@ def test_slots_of_products_and_of_pairs() -> None:
     assert product.tolist() == [1, 1, 2, 3, 3, 3]
     assert number.tolist() == [0, 1, 0, 0, 1, 2]
     assert count.tolist() == [2, 2, 1, 3, 3, 3]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 6)), min_size=1, max_size=60), st.integers(0, 1000))
+def test_an_epoch_of_pairs_has_a_slot_for_each_pair(products: list[tuple[int, int]], epoch: int) -> None:
+    """`products`: (shards between a product's and the one before, its pairs)."""
+    shard, pairs = np.cumsum([gap for gap, _ in products]), np.array([count for _, count in products])
+    shards, total = int(shard[-1]) + 1, int(pairs.sum())
+    slots = Slots.of(shard, pairs, "pairs")
+    assert slots.per_shard(shards).tolist() == np.bincount(shard, pairs, minlength=shards).tolist()
+    product, number, count = slots.at(np.arange(total))
+    assert (count == pairs[product]).all()
+    every = [(p, n) for p in range(len(pairs)) for n in range(pairs[p])]
+    assert list(zip(product.tolist(), number.tolist(), strict=True)) == every
+    if total >= 8:  # and the plan shows each slot at most once, wherever empty shards and untrainable products lie
+        plan = Plan(slots.per_shard(shards), seed=1, batch=8, streams=4, window=10)
+        shown = slots.at(np.concatenate(seen(plan, epoch)))
+        once = set(zip(shown[0].tolist(), shown[1].tolist(), strict=True))
+        assert len(once) == plan.steps * 8 > total - 8
+        assert once <= set(every)
 
 
 def picks(weight: np.ndarray, draw: np.ndarray, count: int) -> np.ndarray:

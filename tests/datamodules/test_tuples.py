@@ -3,6 +3,7 @@
 import io
 import multiprocessing
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +13,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 
+from datamodules import batches
 from datamodules.catalogue import read_catalogue
+from datamodules.files import OpenFile
+from datamodules.shards import Sample, Shards
 from datamodules.tuples import TupleDataModule
 from datamodules.writer import write_shards
 from mmfusion.batch import ProductBatch, QueryBatch, RetrievalData, TupleBatch
+from tests.datamodules.damage import copied
 from tests.datamodules.drawn import PRODUCTS, QUERIES, SIZE, Tables, draw_shards, module, tuples_of
 from tests.datamodules.small import write_rows
 from tests.ddp import run_ranks
@@ -203,6 +208,39 @@ def test_resume_sees_exactly_the_rest(ends: str, tables: Tables, hook: str, requ
         assert resumed(tables, straight, name) == straight.seen[int(name[:3]) :], name
 
 
+class NotingShards(Shards):
+    """Notes which samples are read."""
+
+    ids: list[int]
+
+    def read(self, id: int, photo: bool = True) -> Sample:
+        self.ids.append(id)
+        return super().read(id, photo)
+
+
+def test_resume_reads_and_decodes_nothing_of_what_is_done(
+    epochs: Straight, tables: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by samples nor by bytes: what is read is what the remaining steps show, and nothing else."""
+    monkeypatch.setattr("datamodules.tuples.Shards", NotingShards)
+    decoded, sizes = list[str](), list[int]()
+    decode, read = batches.decode_photo, OpenFile.read
+    monkeypatch.setattr(batches, "decode_photo", lambda *args: decoded.append(args[2]) or decode(*args))
+    monkeypatch.setattr(OpenFile, "read", lambda file, *place: sizes.append(place[0]) or read(file, *place))
+    limits = {**epochs.limits, "limit_val_batches": 0}
+    for done in (0, 3, 8):
+        NotingShards.ids, seen = [], epochs.seen[done:]
+        decoded.clear()
+        sizes.clear()
+        ckpt = epochs.folder / f"{done:03d}-batch.ckpt" if done else None
+        assert fit(tables.path, trainer([], **limits), ckpt, photo_cache_mib=0).seen == seen
+        shown = [product for _, _, rows in seen for _, product, _ in rows]
+        assert NotingShards.ids == shown
+        index = Shards.open(tables.path).index
+        assert decoded == [str(index.product_id[id]) for id in shown if index.photo[id]]
+        assert sum(sizes) == index.size[shown].sum()
+
+
 def test_resume_with_other_workers(epochs: Straight, tables: Tables, tmp_path: Path) -> None:
     assert resumed(tables, epochs, "003-batch", workers=2) == epochs.seen[3:]
     helped = run_straight(tables, tmp_path, epochs.limits, workers=2)
@@ -262,6 +300,31 @@ def test_the_shards_are_read_twice_at_most(tables: Tables, monkeypatch: pytest.M
     assert read == [["title"], ["brand"]]
 
 
+def test_texts_of_what_cannot_be_read_are_empty_and_told_of(tables: Tables, tmp_path: Path) -> None:
+    path = copied(tables, tmp_path)
+    (path / "00004.tar").unlink()
+    lost = np.flatnonzero(Shards.open(path).index.shard == 4)
+    whole = module(tables, "test", text_fields=["title", "brand"])
+    data = TupleDataModule(str(path), text_fields=["title", "brand"], image_size=SIZE, max_broken=0.2)
+    with pytest.warns(UserWarning, match=r"\(1 missing shard\), with 19 of 150 products: 00004.tar"):
+        data.setup("test")
+    asked: dict[str, Callable[[TupleDataModule], list[Any]]] = {
+        "texts": lambda module: module.product_texts(),
+        "thumbnails": lambda module: module.thumbnails(np.arange(PRODUCTS), 8),
+        "products": lambda module: module.products(np.arange(PRODUCTS)).text,
+    }
+    for what, ask in asked.items():
+        with pytest.warns(UserWarning, match=rf"{what}: 19 of 150 products failed \(19 missing shard\)"):
+            found = ask(data)
+        expected = ask(whole)
+        assert not any(found[id] for id in lost)
+        assert [id for id in range(PRODUCTS) if found[id] != expected[id]] == [id for id in lost if expected[id]]
+    trained = np.intersect1d(lost, np.flatnonzero(data.shards.index.trainable))
+    with pytest.warns(UserWarning, match=rf"texts of trainable products: {len(trained)} of"):
+        texts = list(data.texts())
+    assert len(texts) == len(list(whole.texts()))
+
+
 def test_a_column_that_is_not_there_is_named(tables: Tables) -> None:
     data = module(tables, "test")
     with pytest.raises(ValueError, match=r"no column 'brnad'; did you mean 'brand'\? the products of .* title, brand"):
@@ -313,7 +376,8 @@ def photos(tmp_path: Path) -> TupleDataModule:
 
 def test_thumbnails_are_small_upright_photos_on_white(photos: TupleDataModule) -> None:
     names = photos.product_ids()
-    found = dict(zip(names, photos.thumbnails(np.arange(len(names)), 32), strict=True))
+    with pytest.warns(UserWarning, match=r"thumbnails: 1 of 9 products failed \(1 not a photo\).*'broken.png'"):
+        found = dict(zip(names, photos.thumbnails(np.arange(len(names)), 32), strict=True))
     assert found.pop("none") is None
     assert found.pop("broken.png") is None
     assert photos.has_photo()[names.index("broken.png")]

@@ -1,0 +1,24 @@
+"""What an importer's stream holds, as rows, the way it is staged: text everywhere, "" for null."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from datamodules.staging import Stream
+
+
+def rows(stream: Stream) -> list[dict[str, Any]]:
+    """Read twice, since a stream must give the same each time it is asked."""
+    once, again = (pa.Table.from_batches(list(stream.batches())).to_pylist() for _ in range(2))
+    assert once == again
+    return [{name: ("" if value is None else value) for name, value in row.items()} for row in once]
+
+
+def column(stream: Stream, name: str) -> list[Any]:
+    return [row[name] for row in rows(stream)]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """The files of shards, without the notes of how they came about."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "import.json"}

@@ -1,0 +1,123 @@
+"""What failed is counted, limited, told of, and logged the same on every number of ranks."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from datamodules.failures import PHOTO_REASONS, REASONS, SAMPLE_REASONS, Failed, Failures
+from datamodules.shards import Shards
+from mmfusion.loggers import AppendingCSVLogger
+from tests.datamodules.damage import overwrite
+from tests.ddp import run_ranks
+from tests.small_run import small_data, small_module, small_shards, small_trainer
+
+
+def test_the_reasons_are_fixed() -> None:
+    assert len(set(REASONS)) == len(SAMPLE_REASONS) + len(PHOTO_REASONS) == 10
+    assert list(Failures("pass", 5).counts()) == list(REASONS)
+
+
+def test_counts_and_the_worst_shards() -> None:
+    failures = Failures("epoch 3", 100, limit=0.04, instead="replaced by other products")
+    failures.add([Failed("truncated", "00001.tar", "a"), Failed("damaged", "00002.tar", "b")])
+    other = Failures("epoch 3", 100, limit=0.04)
+    other.add([Failed("truncated", "00001.tar", "c")])
+    failures.merge([other])
+    assert {reason: count for reason, count in failures.counts().items() if count} == {"truncated": 2, "damaged": 1}
+    with pytest.warns(
+        UserWarning,
+        match=r"epoch 3: 3 of 100 products failed \(2 truncated, 1 damaged\), most in shards 00001.tar \(2\), "
+        r"00002.tar \(1\), such as product 'a'; the 1 were taken without photo, "
+        r"the 2 that could not be read at all were replaced",
+    ):
+        failures.warn()
+    failures.add([Failed("empty", "00003.tar", "d")])  # 4 of 100: not over the limit
+    with pytest.raises(ValueError, match=r"5 of 100 products failed .* over the limit data.max_broken=0.04"):
+        failures.merge([other])
+
+
+def test_nothing_failed_is_nothing_said(recwarn: pytest.WarningsRecorder) -> None:
+    Failures("epoch 0", 0, limit=0.0).warn()
+    assert not recwarn
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    return small_shards(tmp_path)
+
+
+def spoil(path: Path) -> tuple[int, int]:
+    """One trainable product without a readable sample, one without a readable photo."""
+    index = Shards.open(path).index
+    unread, blind = np.flatnonzero(index.trainable & index.photo)[[1, 30]].tolist()
+    overwrite(path, unread, b"")
+    shards = Shards.open(path)
+    tar = path / shards.manifest.shards[index.shard[blind]].name
+    content = bytearray(tar.read_bytes())
+    start = content.index(b"\x89PNG", index.offset[blind])
+    content[start : start + 8] = b"<html>  "
+    tar.write_bytes(content)
+    return unread, blind
+
+
+def fitted(path: Path, folder: Path, **options: Any) -> list[dict[str, str]]:
+    """metrics.csv of three epochs."""
+    logger = AppendingCSVLogger(folder, name="exp", version="1")
+    trainer = small_trainer(folder, logger=logger, steps=9, log_every_n_steps=3, **options)
+    trainer.fit(small_module(), small_data(path, max_broken=0.1))
+    with (folder / "exp/1/metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_what_failed_is_in_the_metrics(shards: Path, tmp_path: Path) -> None:
+    assert not any(name.startswith("data/") for name in fitted(shards, tmp_path / "whole")[0])
+    spoil(shards)
+    with pytest.warns(UserWarning, match="epoch 0: 2 of 48 products failed"):
+        rows = fitted(shards, tmp_path / "spoiled")
+    epochs = [row for row in rows if row["data/failed/wrong_member"]]
+    assert [int(row["epoch"]) for row in epochs] == [0, 1, 2]
+    assert all(float(row["data/failed/wrong_member"]) == 1 for row in epochs)
+    assert all(float(row["data/failed/not_a_photo"]) >= 1 for row in epochs)  # also where it took the other's place
+    assert {name for name in rows[0] if name.startswith("data/")} == {
+        "data/failed/wrong_member",
+        "data/failed/not_a_photo",
+    }
+
+
+def _fit(rank: int, world: int, path: Path, folder: Path, max_broken: float) -> tuple[list[dict[str, float]], str]:
+    trainer = small_trainer(folder, logger=True, devices=world, strategy="ddp", steps=6, log_every_n_steps=3)
+    said, data = [], small_data(path, max_broken=max_broken)
+    counting = data.failures
+
+    def counted() -> dict[str, int]:
+        said.append(counting())
+        return said[-1]
+
+    data.failures = counted  # type: ignore[method-assign]
+    try:
+        trainer.fit(small_module(), data)
+    except ValueError as error:
+        return said, str(error)
+    logged = {name: value.item() for name, value in trainer.logged_metrics.items() if name.startswith("data/")}
+    return [*said, logged], ""
+
+
+def test_two_ranks_log_what_failed_on_either(shards: Path, tmp_path: Path) -> None:
+    spoil(shards)
+    (first, _), (second, _) = run_ranks(_fit, 2, shards, tmp_path, 0.1)
+    assert first == second
+    *epochs, logged = first
+    assert [epoch["wrong member"] for epoch in epochs] == [1, 1]
+    assert logged == {f"data/failed/{reason.replace(' ', '_')}": count for reason, count in epochs[-1].items() if count}
+
+
+def test_ranks_stop_together_over_the_limit_of_the_whole(shards: Path, tmp_path: Path) -> None:
+    """Neither rank alone is over it, or only one is: both stop, at the latest at the end of the epoch."""
+    index = Shards.open(shards).index
+    for id in np.flatnonzero(index.trainable)[::4].tolist():
+        overwrite(shards, id, b"")
+    results = run_ranks(_fit, 2, shards, tmp_path, 0.2)
+    assert all(said.startswith("epoch 0: 12 of 48 products failed") for _, said in results)

@@ -1,0 +1,98 @@
+"""last.ckpt: a run that goes on from it, once or several times, leaves out no step and no validation; always whole."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Callback
+
+from mmfusion.checkpoints import LAST, LastCheckpoint, WholeFiles
+from tests.small_run import small_data, small_module, small_shards, small_trainer, three_stages
+
+STEPS = 15  # of which an epoch has 3
+
+
+class Keep(LastCheckpoint):
+    """Keeps a copy of each checkpoint, named by its step."""
+
+    def _save_checkpoint(self, trainer, filepath):
+        super()._save_checkpoint(trainer, filepath)
+        shutil.copy(filepath, Path(filepath).with_name(f"{trainer.global_step}.ckpt"))
+
+
+class Notes(Callback):
+    def __init__(self) -> None:
+        self.said: list[tuple] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.said.append(
+            (trainer.global_step, trainer.current_epoch, outputs["loss"].item(), batch.product.id.tolist())
+        )
+
+    def on_validation_end(self, trainer, pl_module):
+        self.said.append((trainer.global_step, "validated", float(trainer.callback_metrics["val/primary"])))
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    return small_shards(tmp_path_factory.mktemp("small"))
+
+
+def run(shards: Path, folder: Path, since: Path | None = None, **validation) -> list[tuple]:
+    notes, module = Notes(), small_module(dropout=0.1, stages=three_stages(4, 8))
+    trainer = small_trainer(
+        folder, notes, Keep(folder, 1), steps=STEPS, enable_checkpointing=True, limit_val_batches=1.0, **validation
+    )
+    trainer.fit(module, small_data(shards), ckpt_path=since, weights_only=True)
+    return notes.said
+
+
+@pytest.mark.parametrize(
+    ("validation", "chains"),
+    [
+        ({"check_val_every_n_epoch": 3}, [(9,), (3, 12)]),
+        pytest.param({"check_val_every_n_epoch": 3}, [(6, 9), (6, 7, 12), (9, 12)], marks=pytest.mark.slow),
+        ({"val_check_interval": 2}, [(2,)]),
+        pytest.param({"val_check_interval": 2}, [(2, 5), (3, 6), (5, 6, 11)], marks=pytest.mark.slow),
+        pytest.param(
+            {"val_check_interval": 4, "check_val_every_n_epoch": None},
+            [(4,), (4, 6), (3, 8, 12), (6, 12)],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=str,
+)
+def test_steps_and_validations_after_any_resumes(shards, tmp_path, validation, chains):
+    straight = run(shards, tmp_path / "straight", **validation)
+    assert [line[0] for line in straight if line[1] != "validated"] == list(range(1, STEPS + 1))
+    assert sum(line[1] == "validated" for line in straight) >= 1
+    for chain in chains:
+        before = tmp_path / "straight"
+        for step in chain:
+            folder = tmp_path / f"{chain}-{step}"
+            said = run(shards, folder, before / f"{step}.ckpt", **validation)
+            assert said == [line for line in straight if line[0] > step], (chain, step)
+            before = folder
+
+
+def test_a_checkpoint_is_replaced_never_written_over(tmp_path, monkeypatch):
+    """With temporary files on another disk: there a move is a copy, and a crash in it left half a checkpoint."""
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("no other disk here")
+    with tempfile.TemporaryDirectory(dir=other) as elsewhere:
+        monkeypatch.setattr(tempfile, "tempdir", elsewhere)
+        module, place = torch.nn.Linear(2, 2), tmp_path / LAST
+        trainer = small_trainer(tmp_path, plugins=[WholeFiles()])
+        trainer.strategy.connect(small_module())
+        for step in range(2):
+            trainer.strategy.save_checkpoint({"step": step, "state_dict": module.state_dict()}, place)
+            if step == 0:
+                os.link(place, tmp_path / "former.ckpt")
+        assert torch.load(tmp_path / "former.ckpt", weights_only=True)["step"] == 0
+        assert torch.load(place, weights_only=True)["step"] == 1
+        assert not list(Path(elsewhere).iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {LAST, "former.ckpt"}
