@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from datamodules.checks import (
+from datamodules.importing.checks import (
+    best_of_pairs,
     check_images,
     check_pairs,
     check_products,
@@ -20,13 +21,13 @@ from datamodules.checks import (
     split_codes,
     web_rows,
 )
-from datamodules.labels import label_columns
+from datamodules.importing.labels import label_columns
+from datamodules.importing.staged import Table
+from datamodules.importing.staging import Source, Stream, stage
+from datamodules.importing.tables import column_names, find_table, require_columns, table_batches
 from datamodules.manifest import SPLITS, Label, Unlisted
-from datamodules.photo_files import Failure, Photo, PhotoOptions, Photos, photos_of, prepared, web_photos
-from datamodules.photos import PhotoError
-from datamodules.staged import Table
-from datamodules.staging import Source, Stream, stage
-from datamodules.tables import column_names, find_table, require_columns, table_batches
+from datamodules.photos.decode import PhotoError
+from datamodules.photos.files import Failure, Photo, PhotoOptions, Photos, photos_of, prepared, web_photos
 
 NOT_TEXT = ("product_id", "image")
 
@@ -35,8 +36,8 @@ NOT_TEXT = ("product_id", "image")
 class Catalogue:
     """Products, queries and judgments in the order of the published files; the tables are mapped from `folder`.
 
-    `query` and `product` are int32 row numbers, one entry per judgment; `gain` is NaN where a column says nothing. The
-    first of `labels` is the primary column. `source` names the importer and the options that the tables do not show.
+    `query` and `product` are int32 row numbers, one entry per judged pair; `gain` is NaN where a column says nothing.
+    The first of `labels` is the primary column. `source` names the importer and the options that tables do not show.
     `shared_queries` tells of query texts that occur in two splits. `folder` may be a temporary one that `_home` keeps.
     """
 
@@ -137,6 +138,7 @@ def staged_catalogue(
     max_shared_queries: float = 0.01,
     home: tempfile.TemporaryDirectory[str] | None = None,
     photos: PhotoOptions | None = None,
+    repeated_pairs: Literal["error", "best"] = "error",
 ) -> Catalogue:
     """Writes the tables into `folder` and checks them. Raises FileNotFoundError or ValueError naming file, row, what
     was found and what was expected.
@@ -147,6 +149,7 @@ def staged_catalogue(
     primary: the label column that trainable products are counted by (default: `relevance`, else the first).
     max_shared_queries: greatest fraction of val and test queries whose text may occur in another split as well.
     photos: how URLs are downloaded where the source itself has no photos.
+    repeated_pairs: what to do about a pair that is judged twice: an error, or its highest gain counts.
     """
     tables = stage(source, folder)
     products, queries, judgments = tables["products"], tables["queries"], tables["judgments"]
@@ -155,9 +158,12 @@ def staged_catalogue(
     shared = shared_queries(queries, max_shared_queries)
     judgments.require(["query_id", "product_id"])
     query, product = rows_of(judgments, "query_id", queries), rows_of(judgments, "product_id", products)
-    check_pairs(judgments, query, product, len(products))
+    if repeated_pairs == "error":
+        check_pairs(judgments, query, product, len(products))
     worth, threshold = {**source.gains, **(gains or {})}, {**source.positive_from, **(positive_from or {})}
     labels, gain = label_columns(judgments, worth, threshold, primary, folder)
+    if repeated_pairs == "best":
+        query, product, gain = best_of_pairs(query, product, gain, len(products))
     check_images(products, source.photos is not None)
     train = split_codes(queries)[query] == SPLITS.index("train")
     check_trainable(judgments, labels, gain, train)

@@ -24,7 +24,7 @@ from datamodules.catalogue import folder_source
 from datamodules.drawing import COLOURS, CONTRASTS, PATTERNS, SHAPES, draw_photo
 from datamodules.importers.options import Import
 from datamodules.manifest import Manifest, read_manifest
-from datamodules.photo_files import PhotoOptions
+from datamodules.photos.files import PhotoOptions
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,

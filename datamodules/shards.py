@@ -1,4 +1,4 @@
-"""Shards, read: random access to samples by dense id, and the tables beside them. (writer.py makes them.)
+"""Shards, read: random access to samples by dense id, and the tables beside them. (importing makes them.)
 
 WebDataset tars with one sample per product, `index.parquet`, `queries.parquet`, `judgments.parquet` and
 `manifest.json`, in a folder or at an address. Dense ids are positions: a product's in index.parquet, a query's in
@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from datamodules.failures import Failed, Failures
-from datamodules.index import Index, Queries, read_columns, read_judgments
-from datamodules.members import Sample, find_photo, find_record, parse_sample
-from datamodules.store import ShardError, Store, open_store, read_tables
-from datamodules.tars import Tars
+from datamodules.stores.store import ShardError, Store, open_store, read_tables
+from datamodules.stream.failures import Failed, Failures
+from datamodules.stream.index import Index, Queries, read_columns, read_judgments
+from datamodules.stream.members import Sample, find_photo, find_record, parse_sample
+from datamodules.stream.tars import Tars
 from mmfusion.batch import Judgments
 
 HEAD = 8192  # bytes of a sample that are read at first for its texts: most photos lie behind them

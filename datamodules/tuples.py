@@ -11,14 +11,14 @@ from jaxtyping import Int64
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.loops.progress import _ProcessedTracker
 
-from datamodules.batches import Look, Reader
-from datamodules.failures import REASONS
-from datamodules.loaders import EVALUATION, CorpusLoader, QueryLoader, Share, TupleLoader
 from datamodules.plan import Plan, Slots, hashed
-from datamodules.retrieval_data import ShardsData
 from datamodules.shards import Shards
-from datamodules.store import open_store
-from datamodules.verify import check_unusable, find_unusable, gathered
+from datamodules.stores.store import open_store
+from datamodules.stream.batches import Look, Reader
+from datamodules.stream.failures import REASONS
+from datamodules.stream.loaders import EVALUATION, CorpusLoader, QueryLoader, Share, TupleLoader
+from datamodules.stream.retrieval_data import ShardsData
+from datamodules.stream.verify import check_unusable, find_unusable, gathered
 
 Modality = Literal["text", "image"]
 ORDER = ("seed", "batch_size", "epoch", "streams", "window", "damping", "manifest")  # what decides who comes when

@@ -27,7 +27,13 @@ RESUME_KEEPS_OF_TRAINER = (
     "limit_train_batches",
 )  # fmt: skip
 
+ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/'\"]*@)?([^\s?'\"]*)(?:\?[^\s'\"]*)?")
 RATE = re.compile(r"--model\.stages\.([^.=]+)\.rates\.([^.=]+)=(.*)")
+
+
+def shown(text: str) -> str:
+    """Its addresses without user, password and query string: what is written to files and dashboards has readers."""
+    return ADDRESS.sub(r"\1\2", text)
 
 
 def with_merged_rates(argv: list[str]) -> list[str]:

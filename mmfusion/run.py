@@ -23,7 +23,7 @@ from mmfusion.dashboard import final_values, log_evaluation
 from mmfusion.environment import MadeWith, commit
 from mmfusion.loggers import Wandb, make_loggers
 from mmfusion.module import RetrievalModule
-from mmfusion.options import contract, explained, with_merged_rates
+from mmfusion.options import contract, explained, shown, with_merged_rates
 from mmfusion.outcome import leave, metrics_of, write_trec
 from mmfusion.progress import RunProgress
 from mmfusion.retrieval.report import read_results, write_results
@@ -84,10 +84,11 @@ class FusionCLI(LightningCLI):
         parser.link_arguments("model.modalities", "data.init_args.modalities")
 
     def resolved(self) -> str:
-        """The options as config.yaml holds them; it runs again as it is, from the start."""
+        """The options as config.yaml and loggers hold them: it runs again as it is, from the start, where the
+        environment has what opens an address (see options.shown)."""
         config = self.config.clone()
         config.resume = None
-        return self.parser.dump(config, skip_unset=False)
+        return shown(self.parser.dump(config, skip_unset=False))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         for name, (kept, why) in DECIDED.items():
@@ -152,7 +153,7 @@ def _about(
         "seed": cli.config.seed_everything,
         "commit": made_by,
         "manifest": cli.datamodule.manifest_hash,
-        "data": str(Path(cli.datamodule.path).resolve()),
+        "data": shown(path) if ":" in (path := str(cli.datamodule.path)) else str(Path(path).resolve()),
         "checkpoint": str(checkpoint),
         "gains": cli.datamodule.gains,
     }

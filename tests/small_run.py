@@ -7,7 +7,6 @@ import torch
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 
-from datamodules.importers.catalogue import convert
 from datamodules.tuples import TupleDataModule
 from mmfusion.encoders import ScratchTextEncoder, TimmEncoder
 from mmfusion.fusion import MoEBilinear
@@ -15,7 +14,7 @@ from mmfusion.module import RetrievalModule
 from mmfusion.optim import Optim
 from mmfusion.retrieval.evaluation import Evaluation
 from mmfusion.stages import Group, LossWeights, Stage, StageSwitch, Until
-from tests.datamodules.small import small_catalogue
+from tests.datamodules.small import convert, small_catalogue
 
 ENCODERS_FROZEN = {"text_encoder": "frozen", "image_encoder": "frozen"}
 GROUPS = {

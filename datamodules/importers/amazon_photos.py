@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from datamodules.importers.published import batches_of, joined, require
-from datamodules.tables import csv_batches
+from datamodules.importing.tables import csv_batches
 
 NO_PHOTO = "Default_Background_Art"  # one picture that stands for 442 products of SQID
 BUCKET = re.compile(r"/images/W/[^/]+/images/I/")  # half of ESCI-S's addresses; they fail unless shortened

@@ -18,10 +18,10 @@ from datamodules.importers.amazon_photos import Addresses, photo_addresses
 from datamodules.importers.html_text import shown_text
 from datamodules.importers.options import Import
 from datamodules.importers.published import joined, not_empty, numbered, published_files, require, texts
-from datamodules.photo_files import web_photos
-from datamodules.splits import in_val
-from datamodules.staging import Source, Stream
-from datamodules.tables import csv_batches, parquet_batches
+from datamodules.importing.splits import in_val, with_val
+from datamodules.importing.staging import Source, Stream
+from datamodules.importing.tables import csv_batches, parquet_batches
+from datamodules.photos.files import web_photos
 
 Locale = Literal["us", "es", "jp"]
 FILES = tuple(f"shopping_queries_dataset_{name}" for name in ("examples.parquet", "products.parquet", "sources.csv"))
@@ -143,14 +143,8 @@ class Esci(Import):
             )
 
     def _split(self, queries: pa.RecordBatch) -> pa.Array:
-        rows = zip(queries["query"].to_pylist(), queries["split"].to_pylist(), strict=True)
-        return pa.array(
-            [
-                "val" if split == "train" and in_val(query or "", self.seed, self.val_fraction) else split
-                for query, split in rows
-            ],
-            pa.string(),
-        )
+        query, split = (queries[name].to_pylist() for name in ("query", "split"))
+        return pa.array(with_val(query, split, self.seed, self.val_fraction), pa.string())
 
     def _judgments(self) -> Iterator[pa.RecordBatch]:
         for batch in self._examples(["query_id", "product_id", "esci_label"]):

@@ -22,8 +22,8 @@ import pyarrow as pa
 from datamodules.importers.fashion_queries import ATTRIBUTES, UNKNOWN, derived
 from datamodules.importers.options import Import
 from datamodules.importers.published import published_files, require, written
-from datamodules.photo_files import photos_of
-from datamodules.staging import Source, Stream
+from datamodules.importing.staging import Source, Stream
+from datamodules.photos.files import photos_of
 
 TITLE = "productDisplayName"  # the last column, in which commas are not quoted
 SHORTENED = ("navy", "turquoise")  # of Navy Blue, Turquoise Blue

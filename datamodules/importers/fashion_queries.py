@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from datamodules.splits import position
+from datamodules.importing.splits import position
 
 TYPE = "articleType"
 ATTRIBUTES = (TYPE, "gender", "baseColour", "usage")

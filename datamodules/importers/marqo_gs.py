@@ -32,9 +32,9 @@ from datamodules.importers.json_entries import json_entries
 from datamodules.importers.marqo_queries import FILES, PARTS, Judged, Queries, read_queries, triplets
 from datamodules.importers.options import Import
 from datamodules.importers.published import batches_of, published_files, require
-from datamodules.photo_files import Photos, photos_of, web_photos
-from datamodules.staging import Source, Stream
-from datamodules.tables import csv_batches
+from datamodules.importing.staging import Source, Stream
+from datamodules.importing.tables import csv_batches
+from datamodules.photos.files import Photos, photos_of, web_photos
 
 Part = Literal["novel_query", "zero_shot", "in_domain", "novel_corpus"]
 SCORE = "score_linear"

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from datamodules.importers.json_entries import json_entries
 from datamodules.importers.published import published_files, require
-from datamodules.tables import csv_batches
+from datamodules.importing.tables import csv_batches
 
 PARTS = {  # which half of the queries (0: seen), and which corpus
     "in_domain": ("0", "1"),

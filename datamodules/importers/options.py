@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Literal
 
 from datamodules.catalogue import staged_catalogue
-from datamodules.jobs import workers
+from datamodules.importing.jobs import workers
+from datamodules.importing.partial import STAGING, partial_folder
+from datamodules.importing.staging import Source
+from datamodules.importing.summary import print_summary
+from datamodules.importing.writer import Writing, write_into
 from datamodules.manifest import Manifest, Unlisted
-from datamodules.partial import STAGING, partial_folder
-from datamodules.photo_files import PhotoOptions, shared
-from datamodules.staging import Source
-from datamodules.summary import print_summary
-from datamodules.writer import Writing, write_into
+from datamodules.photos.files import PhotoOptions, shared
 
 
 @dataclass(kw_only=True)
@@ -32,6 +32,8 @@ class Import:
         on_broken_photo: What to do about a photo on disk that cannot be decoded: error, or drop (the product goes
             without). Photos by URL are always dropped, up to photos.max_failed.
         max_shared_queries: Greatest fraction of val and test queries whose text may be in another split as well.
+        repeated_pairs: What to do about a (query, product) pair that is judged more than once: error, or best (its
+            highest gain counts, and the summary says how many there were).
         jobs: How many processes write shards, or ray: the tasks of a Ray cluster. The bytes do not depend on it.
         photos: How photos are fetched and stored.
     """
@@ -46,6 +48,7 @@ class Import:
     unlisted: dict[str, Unlisted] | None = None
     on_broken_photo: Literal["error", "drop"] = "error"
     max_shared_queries: float = 0.0
+    repeated_pairs: Literal["error", "best"] = "error"
     jobs: int | Literal["ray"] = 1
     photos: PhotoOptions = field(default_factory=PhotoOptions)
 
@@ -74,6 +77,7 @@ class Import:
                 self.primary,
                 self.max_shared_queries,
                 photos=self._shared(),
+                repeated_pairs=self.repeated_pairs,
             )
             manifest = write_into(folder, catalogue, out, writing)
             print_summary(catalogue, manifest, out)

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from datamodules.tables import column_names, require_columns
+from datamodules.importing.tables import column_names, require_columns
 
 ROWS = 8192  # of a batch that Python fills row by row
 

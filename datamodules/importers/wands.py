@@ -16,9 +16,9 @@ import pyarrow as pa
 
 from datamodules.importers.options import Import
 from datamodules.importers.published import published_files, require
-from datamodules.splits import position
-from datamodules.staging import Source, Stream
-from datamodules.tables import csv_batches
+from datamodules.importing.splits import position
+from datamodules.importing.staging import Source, Stream
+from datamodules.importing.tables import csv_batches
 
 FILES = ("product.csv", "query.csv", "label.csv")  # tab-separated all the same
 GAINS = {"Exact": 1.0, "Partial": 0.1, "Irrelevant": 0.0}

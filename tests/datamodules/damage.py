@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.manifest import Manifest
-from datamodules.members import BLOCK, find_photo, find_record
 from datamodules.shards import Shards
-from datamodules.store import LocalStore, ShardError
+from datamodules.stores.store import LocalStore, ShardError
+from datamodules.stream.members import BLOCK, find_photo, find_record
 from tests.datamodules.drawn import Tables
 
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from datamodules.catalogue import read_catalogue
+from datamodules.importing.writer import write_shards
 from datamodules.tuples import TupleDataModule
-from datamodules.writer import write_shards
 from mmfusion.batch import TupleBatch
 from tests.datamodules.small import write_rows
 

@@ -8,8 +8,8 @@ from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
-from datamodules import pipe, transfer
-from datamodules.store import Store, open_file
+from datamodules.stores import pipe, transfer
+from datamodules.stores.store import Store, open_file
 
 BLOCK = 4096
 

@@ -5,8 +5,12 @@ import io
 import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
+
+from datamodules.importers.catalogue import OwnCatalogue
+from datamodules.manifest import Manifest
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 70, 210), "yellow": (240, 220, 40)}
 TYPES = ("cup", "hat", "lamp", "shoe")
@@ -46,6 +50,11 @@ def small_catalogue(path: Path, products: int = 64, labels: Sequence[str] = ("la
     write_rows(path / "judgments.csv", ("query_id", "product_id", *labels), judged)
     _write_photos(path, {f"p{i}.png": _png(COLOURS[colour[i]]) for i in photos}, tar)
     return path
+
+
+def convert(src: str, out: str, **options: Any) -> Manifest:
+    """The catalogue importer, as the command runs it."""
+    return OwnCatalogue(src=src, out=out, **options).run()
 
 
 def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from datamodules.staging import Stream
+from datamodules.importing.staging import Stream
 
 
 def rows(stream: Stream) -> list[dict[str, Any]]:

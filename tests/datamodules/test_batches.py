@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.batches import Request
 from datamodules.plan import draws
 from datamodules.shards import Shards
-from datamodules.substitutes import TRIES, substitutes
+from datamodules.stream.batches import Request
+from datamodules.stream.substitutes import TRIES, substitutes
 from datamodules.tuples import TupleDataModule
 from tests.datamodules.damage import copied, overwrite
 from tests.datamodules.drawn import SIZE, Tables, draw_shards, module, same, tuples_of
@@ -137,7 +137,7 @@ def test_a_cached_photo_is_the_decoded_one(tables: Tables, workers: int, monkeyp
     assert all(same(a, b) for a, b in zip(first, second, strict=True))
     data = module(tables)
     filled = list(data.train_dataloader())
-    monkeypatch.setattr("datamodules.batches.decode_photo", None)  # nothing is left to decode
+    monkeypatch.setattr("datamodules.stream.batches.decode_photo", None)  # nothing is left to decode
     assert all(same(a, b) for a, b in zip(filled, data.train_dataloader(), strict=True))
 
 

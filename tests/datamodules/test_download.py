@@ -16,8 +16,8 @@ from itertools import pairwise
 import pytest
 from PIL import Image
 
-from datamodules.download import Downloads, Failure, PhotoOptions, shared
-from datamodules.photos import FORMATS
+from datamodules.photos.decode import FORMATS
+from datamodules.photos.download import Downloads, Failure, PhotoOptions, shared
 from tests.datamodules.web import Web, endless, half, hang_up, in_turn, late, page, redirect, status, web_server
 
 
@@ -324,13 +324,13 @@ def test_the_thread_ends_with_the_downloads(web: Web) -> None:
 
 PROGRAM = """
 import sys
-from datamodules.download import Downloads, PhotoOptions
+from datamodules.photos.download import Downloads, PhotoOptions
 kept = Downloads(PhotoOptions())
 print(len(kept.get(sys.argv[1:])[0]))
 """
 INTERRUPTED = """
 import os, signal, sys, threading
-from datamodules.download import Downloads, PhotoOptions
+from datamodules.photos.download import Downloads, PhotoOptions
 kept = Downloads(PhotoOptions(per_host=1))
 threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
@@ -342,7 +342,7 @@ WAITING = """
 import sys, threading, time
 from contextlib import suppress
 from concurrent.futures import CancelledError
-from datamodules.download import Downloads, PhotoOptions
+from datamodules.photos.download import Downloads, PhotoOptions
 kept = Downloads(PhotoOptions())
 def wait():
     with suppress(CancelledError):

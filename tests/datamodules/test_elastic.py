@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from datamodules.catalogue import read_catalogue
-from datamodules.loaders import CorpusLoader, QueryLoader, Share, TupleLoader
+from datamodules.importing.writer import write_shards
+from datamodules.stream.loaders import CorpusLoader, QueryLoader, Share, TupleLoader
 from datamodules.tuples import TupleDataModule
-from datamodules.writer import write_shards
 from mmfusion.batch import ProductBatch, TupleBatch
 from tests.datamodules.drawn import PRODUCTS, QUERIES, SIZE, Tables, draw_shards, module
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from datamodules.failures import PHOTO_REASONS, REASONS, SAMPLE_REASONS, Failed, Failures
 from datamodules.shards import Shards
+from datamodules.stream.failures import PHOTO_REASONS, REASONS, SAMPLE_REASONS, Failed, Failures
 from mmfusion.loggers import AppendingCSVLogger
 from tests.datamodules.damage import overwrite
 from tests.ddp import run_ranks

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from datamodules.batches import Look, Reader, Request
 from datamodules.catalogue import read_catalogue
-from datamodules.failures import PHOTO_REASONS, REASONS, SAMPLE_REASONS, Failed
+from datamodules.importing.writer import write_shards
 from datamodules.shards import ShardError, Shards
-from datamodules.writer import write_shards
+from datamodules.stream.batches import Look, Reader, Request
+from datamodules.stream.failures import PHOTO_REASONS, REASONS, SAMPLE_REASONS, Failed
 from tests.datamodules.damage import header, member, parts_of, sample
 from tests.datamodules.small import small_catalogue, write_rows
 

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.importers.catalogue import convert
 from datamodules.manifest import Manifest
 from datamodules.shards import Shards
-from tests.datamodules.small import small_catalogue
+from tests.datamodules.small import convert, small_catalogue
 from tests.datamodules.web import Answer, Web, page, status, web_server
 
 BROKEN = "p63.png"
@@ -199,7 +198,7 @@ def test_shards_that_are_there_cost_no_download(folder: Path, web: Web, tmp_path
 
 
 def photo_options(**options: object) -> object:
-    from datamodules.photo_files import PhotoOptions
+    from datamodules.photos.files import PhotoOptions
 
     return PhotoOptions(**options)  # type: ignore[arg-type]
 

@@ -7,11 +7,12 @@ import pytest
 from rich.console import Console
 
 from datamodules.catalogue import read_catalogue
-from datamodules.importers.catalogue import convert
+from datamodules.importers.catalogue import OwnCatalogue
+from datamodules.importing.splits import in_val
+from datamodules.importing.summary import histogram, print_summary
 from datamodules.manifest import SPLITS, Label
 from datamodules.shards import Shards
-from datamodules.summary import histogram, print_summary
-from tests.datamodules.small import small_catalogue
+from tests.datamodules.small import convert, small_catalogue
 
 
 def test_summary_tells_what_was_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,3 +75,42 @@ def test_the_fashion_benchmark_imported(fashion: Path, tmp_path: Path) -> None:
     shards = Shards.open(tmp_path / "shards")
     assert [len(shards.queries.of(split)) for split in ("train", "val", "test")] == [6622, 481, 411]
     assert set(np.unique(shards.judgments("test").gain["relevance"])) == {0.1, 1.0}
+
+
+def test_a_pair_that_is_judged_twice_is_an_error_or_counts_by_its_best(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = small_catalogue(tmp_path / "small", labels=("label", "stars"))
+    once = OwnCatalogue(src=str(folder), out=str(tmp_path / "once")).run()
+    with (folder / "judgments.csv").open("a") as file:
+        file.write("q0,p0,S,7\nq0,p0,I,\n")  # E and 5 before
+    with pytest.raises(ValueError, match=r"'q0' and product 'p0' are already judged.*repeated_pairs=best"):
+        OwnCatalogue(src=str(folder), out=str(tmp_path / "twice")).run()
+    capsys.readouterr()
+    OwnCatalogue(src=str(folder), out=str(tmp_path / "twice"), repeated_pairs="best").run()
+    assert "judged more than once: 2 pairs" in capsys.readouterr().out
+    was, now = (Shards.open(tmp_path / name).judgments("train") for name in ("once", "twice"))
+    assert (was.query == now.query).all()
+    assert (was.product == now.product).all()
+    assert (was.gain["relevance"] == now.gain["relevance"]).all()
+    changed = np.flatnonzero(was.gain["stars"] != now.gain["stars"])
+    assert now.gain["stars"][changed].tolist() == [7.0]
+    assert once.splits["train"].judgments == len(now.query)
+
+
+def test_a_catalogue_without_val_gets_one_by_the_texts_of_its_train_queries(tmp_path: Path) -> None:
+    folder = small_catalogue(tmp_path / "small")
+    lines = (folder / "queries.csv").read_text().replace(",val", ",train").splitlines()
+    (folder / "queries.csv").write_text("\n".join(lines) + "\n")
+    manifest = convert(str(folder), str(tmp_path / "out"), val_fraction=0.3, seed=1)
+    shards = Shards.open(tmp_path / "out")
+    expected = {
+        query: "val" if split == "train" and in_val(query, 1, 0.3) else split
+        for _, query, split in (line.split(",") for line in lines[1:])
+    }
+    assert dict(zip(shards.queries.query, shards.queries.split, strict=True)) == expected
+    assert 0 < manifest.splits["val"].queries < 14
+    assert manifest.source["val"] == "0.3 of the train queries, by a hash of seed and text"
+    assert "val" not in convert(str(folder), str(tmp_path / "none"), val_fraction=0).splits
+    with pytest.raises(ValueError, match="the fraction of val queries is 1"):
+        convert(str(folder), str(tmp_path / "all"), val_fraction=1)

@@ -17,8 +17,8 @@ from PIL import Image
 from datamodules.importers.amazon_photos import repaired
 from datamodules.importers.esci import Esci
 from datamodules.importers.html_text import _parsed, shown_text
-from datamodules.photo_options import PhotoOptions
-from datamodules.splits import in_val
+from datamodules.importing.splits import in_val
+from datamodules.photos.options import PhotoOptions
 from tests.datamodules.small import write_rows
 from tests.datamodules.streams import column, content, rows
 from tests.datamodules.web import page, web_server

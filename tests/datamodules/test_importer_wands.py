@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from datamodules.importers.wands import Wands
-from datamodules.splits import position
+from datamodules.importing.splits import position
 from tests.datamodules.streams import column, content, rows
 
 PRODUCT = ("product_id", "product_name", "product_class", "category hierarchy", "product_description",

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from datamodules.importers.catalogue import convert
-from datamodules.jobs import run_map, workers
-from datamodules.photo_files import PhotoOptions, photos_of
-from tests.datamodules.small import small_catalogue
+from datamodules.importing.jobs import run_map, workers
+from datamodules.photos.files import PhotoOptions, photos_of
+from tests.datamodules.small import convert, small_catalogue
 
 
 def square(number: int) -> int:

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules import lookahead
-from datamodules.batches import Reader
-from datamodules.loaders import CorpusLoader, Share, TupleLoader
-from datamodules.lookahead import LookAhead
 from datamodules.shards import Shards
+from datamodules.stream import lookahead
+from datamodules.stream.batches import Reader
+from datamodules.stream.loaders import CorpusLoader, Share, TupleLoader
+from datamodules.stream.lookahead import LookAhead
 from datamodules.tuples import TupleDataModule
 from tests.datamodules.damage import Elsewhere, copied, overwrite
 from tests.datamodules.drawn import PRODUCTS, SIZE, Tables, draw_shards, module, same, tuples_of

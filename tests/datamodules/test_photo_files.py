@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from datamodules.photo_files import Failure, PhotoOptions, Photos, photos_of, prepared, web_photos
-from datamodules.photos import PhotoError
+from datamodules.photos.decode import PhotoError
+from datamodules.photos.files import Failure, PhotoOptions, Photos, photos_of, prepared, web_photos
 from tests.datamodules.web import Web, page, web_server
 
 OPTIONS = PhotoOptions(timeout=2.0, retries=0)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn import functional as F
 
-from datamodules.photos import MAX_PIXELS, PhotoError, decode_photo, thumbnail
+from datamodules.photos.decode import MAX_PIXELS, PhotoError, decode_photo, thumbnail
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:

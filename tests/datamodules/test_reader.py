@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from datamodules import tars
-from datamodules.failures import REASONS
-from datamodules.members import find_record, parse_sample
 from datamodules.shards import Shards
-from datamodules.store import LocalStore, ShardError
+from datamodules.stores.store import LocalStore, ShardError
+from datamodules.stream import tars
+from datamodules.stream.failures import REASONS
+from datamodules.stream.members import find_record, parse_sample
+from datamodules.stream.verify import find_unusable
 from datamodules.tuples import TupleDataModule
-from datamodules.verify import find_unusable
 from tests.datamodules.damage import (
     Elsewhere,
     changed,

@@ -14,8 +14,8 @@ import webdataset
 
 from datamodules import shards as shards_module
 from datamodules.catalogue import Catalogue, read_catalogue
+from datamodules.importing.writer import _shard_count, write_shards
 from datamodules.shards import Shards
-from datamodules.writer import _shard_count, write_shards
 from tests.datamodules.small import small_catalogue, write_rows
 
 ODD_IDS = ["a/b.c.jpg", "__meta__", "%41", "A", "ü 1", "..", "x" * 120, "NA"]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamodules.splits import in_val, normalised, position
+from datamodules.importing.splits import in_val, normalised, position
 
 
 @pytest.mark.parametrize(

@@ -21,13 +21,13 @@ from typing import Any
 import fsspec.config
 import pytest
 
-from datamodules import pipe, transfer
-from datamodules.address import Address
 from datamodules.catalogue import read_catalogue
+from datamodules.importing.writer import write_shards
 from datamodules.manifest import Manifest, Shard
-from datamodules.store import LocalStore, RemoteStore, ShardError, Store, open_file, open_store, read_tables
+from datamodules.stores import pipe, transfer
+from datamodules.stores.address import Address
+from datamodules.stores.store import LocalStore, RemoteStore, ShardError, Store, open_file, open_store, read_tables
 from datamodules.tuples import TupleDataModule
-from datamodules.writer import write_shards
 from tests.datamodules.drawn import same
 from tests.datamodules.faulty import Site, serving
 from tests.datamodules.fetching import BLOCK, check, fetch, fork_while_fetching, impatient
@@ -719,7 +719,7 @@ def test_shards_that_s3_does_not_have(bucket: str, cache: Path) -> None:
 def test_s3_without_permission(site: Site, cache: Path) -> None:
     """A process of its own, as the package keeps what it found in the environment."""
     site.faults = lambda name, before: "403"
-    code = "from datamodules.store import open_store; open_store('s3://bucket/x')"
+    code = "from datamodules.stores.store import open_store; open_store('s3://bucket/x')"
     environment = {**os.environ, "AWS_ENDPOINT_URL_S3": site.url, "AWS_ACCESS_KEY_ID": "an-id-for-tests"}
     environment |= {"AWS_SECRET_ACCESS_KEY": "a-secret-for-tests", "MMFUSION_CACHE": str(cache)}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

@@ -13,12 +13,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 
-from datamodules import batches
 from datamodules.catalogue import read_catalogue
-from datamodules.files import OpenFile
+from datamodules.importing.writer import write_shards
 from datamodules.shards import Sample, Shards
+from datamodules.stream import batches
+from datamodules.stream.files import OpenFile
 from datamodules.tuples import TupleDataModule
-from datamodules.writer import write_shards
 from mmfusion.batch import ProductBatch, QueryBatch, RetrievalData, TupleBatch
 from tests.datamodules.damage import copied
 from tests.datamodules.drawn import PRODUCTS, QUERIES, SIZE, Tables, draw_shards, module, tuples_of

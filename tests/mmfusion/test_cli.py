@@ -264,3 +264,18 @@ def test_a_rate_on_the_command_line_joins_the_stages_others(tmp_path):
         '--model.stages.fuse.rates={"text": "frozen", "fusion": 0.002}',
         '--model.stages.fuse.rates={"text": "frozen", "fusion": 0.002, "scale": "frozen"}',
     ]
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("path: s3://bucket/folder", "path: s3://bucket/folder"),
+        ("path: https://me:secret@host:8080/a/b?token=secret", "path: https://host:8080/a/b"),
+        ("- 'pipe:curl -s https://u:p@h/{name}?k=v | cat'", "- 'pipe:curl -s https://h/{name} | cat'"),
+        ("a: 1:2\nb: what? me@home", "a: 1:2\nb: what? me@home"),
+    ],
+)
+def test_what_is_written_holds_no_secrets(given, kept):
+    from mmfusion.options import shown
+
+    assert shown(given) == kept

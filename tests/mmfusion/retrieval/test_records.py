@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.importers.catalogue import convert
 from datamodules.tuples import TupleDataModule
 from mmfusion.retrieval import records
 from mmfusion.retrieval.breakdown import breakdown
@@ -17,7 +16,7 @@ from mmfusion.retrieval.evaluation import BASELINES, Evaluation, ViewResult, add
 from mmfusion.retrieval.ranking import Ranking
 from mmfusion.retrieval.report import write_results
 from mmfusion.retrieval.topk import TopK, tie_ranks
-from tests.datamodules.small import small_catalogue
+from tests.datamodules.small import convert, small_catalogue
 from tests.ddp import run_ranks
 from tests.small_run import small_data, small_shards
 

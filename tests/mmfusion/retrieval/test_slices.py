@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from datamodules.catalogue import read_catalogue
+from datamodules.importing.writer import write_shards
 from datamodules.tuples import TupleDataModule
-from datamodules.writer import write_shards
 from mmfusion.batch import Judgments
 from mmfusion.retrieval import slices
 from mmfusion.retrieval.significance import bootstrap_interval

@@ -1,0 +1,1 @@
+"""A photo: bytes by its name, from a folder, a tar or the web, and bytes to pixels."""

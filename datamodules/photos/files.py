@@ -1,0 +1,158 @@
+"""Photos by the names that a data set gives them: a file below a folder, a member of a tar, or a URL; and as stored."""
+
+import io
+import os
+import re
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from PIL import Image
+
+from datamodules.photos.decode import FORMATS, decode_photo, thumbnail
+from datamodules.photos.download import Downloads, Failure, PhotoOptions, shared
+from datamodules.photos.tar import TarPhotos
+
+__all__ = ["Failure", "Photo", "PhotoOptions", "Photos", "photos_of", "prepared", "shared", "web_photos"]
+
+# An address rather than a file's name, which may have a colon in it as well.
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|data:|file:", re.IGNORECASE)
+
+
+class Photo(NamedTuple):
+    """The bytes that are stored, and the file ending that belongs to them, whatever the file was called."""
+
+    content: bytes
+    ending: str
+
+
+@runtime_checkable
+class Photos(Protocol):
+    """How the names in the column `image` become bytes. Can be sent to other processes."""
+
+    def get(self, names: Sequence[str]) -> list[bytes | Failure]:
+        """In the order of `names`, none of which is blank. Raises ValueError for a name that leaves the folder."""
+
+    def signature(self, names: Sequence[str]) -> str:
+        """Changes when what `get` returns may: by size and time of the files; URLs count by their names alone."""
+
+
+def photos_of(folder: Path, options: PhotoOptions) -> Photos | None:
+    """Photos of a folder that has `images/` or `images.tar`, named with or without "images/" in front; else None.
+
+    Names that are URLs are downloaded. Raises ValueError when it has both, or a tar that cannot be read.
+    """
+    loose, tar = folder / "images", folder / "images.tar"
+    if loose.is_dir() and tar.is_file():
+        raise ValueError(f"{folder} has images/ and images.tar; keep the one that counts")
+    if tar.is_file():
+        return NamedPhotos(TarPhotos(tar), options, "images/")
+    return NamedPhotos(LoosePhotos(loose), options, "images/") if loose.is_dir() else None
+
+
+def web_photos(options: PhotoOptions, folder: Path | None = None) -> Photos:
+    """Photos by URL; other names are files below `folder` itself, or missing without one."""
+    return NamedPhotos(LoosePhotos(folder) if folder else None, options)
+
+
+def prepared(content: bytes, product_id: str, max_side: int | None, quality: int) -> Photo:
+    """The photo as it is stored: its own bytes, or where it is larger a JPEG whose longer side is `max_side` pixels.
+
+    That JPEG is upright, on white and without metadata; the same bytes give the same JPEG. Raises PhotoError unless the
+    whole image decodes: half a download shows only then.
+    """
+    ending, side = _header(content, product_id)
+    if max_side is not None and side > max_side:
+        return Photo(thumbnail(content, max_side, product_id, quality), "jpg")
+    decode_photo(content, (1, 1), product_id)
+    return Photo(content, ending)
+
+
+def _header(content: bytes, product_id: str) -> tuple[str, int]:
+    """File ending and longer side."""
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            name = (image.format or "").lower()
+            return "jpg" if name in ("jpeg", "mpo") else name, max(image.size)
+    except Exception:
+        decode_photo(content, (1, 1), product_id)  # says what is wrong, as a PhotoError
+        raise
+
+
+@runtime_checkable
+class Files(Protocol):
+    """Where photos lie that are no URLs; names are relative to it, as `_relative` gives them."""
+
+    def read(self, name: str) -> bytes | None: ...
+
+    def stamp(self, name: str) -> str: ...
+
+
+class NamedPhotos:
+    """Photos in `files` and on the web. `prefix` may stand in front of a file's name."""
+
+    def __init__(self, files: Files | None, options: PhotoOptions, prefix: str = "") -> None:
+        self._files, self._web, self._prefix = files, Downloads(options), prefix
+
+    def get(self, names: Sequence[str]) -> list[bytes | Failure]:
+        paths = self._paths(names)
+        urls = [name for name in names if name not in paths]
+        downloaded = dict(zip(urls, self._web.get(urls), strict=True))
+        return [self._read(paths[name]) if name in paths else downloaded[name] for name in names]
+
+    def signature(self, names: Sequence[str]) -> str:
+        paths, digest = self._paths(names), blake2b(digest_size=16)
+        for name in names:
+            stamp = self._files.stamp(paths[name]) if self._files and name in paths else ""
+            digest.update(f"{name}\0{stamp}\0".encode())
+        return digest.hexdigest()
+
+    def _paths(self, names: Sequence[str]) -> dict[str, str]:
+        """Where in `files` the photos are that have no URL."""
+        return {name: self._relative(name) for name in names if not _is_url(name)}
+
+    def _read(self, path: str) -> bytes | Failure:
+        content = self._files.read(path) if self._files else None
+        return Failure("no such file", False) if content is None else content
+
+    def _relative(self, name: str) -> str:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\0" in name:
+            raise ValueError(f"the photo {name!r} leads out of the folder of photos; name it relative to that folder")
+        return str(path).removeprefix(self._prefix)
+
+
+def _is_url(name: str) -> bool:
+    """Raises ValueError for a file:// address: a table does not decide which files of this machine are read."""
+    found = ADDRESS.match(name)
+    if found and found[0].lower().startswith("file:"):
+        raise ValueError(f"the photo {name!r} is a file on this machine; name it relative to the folder of photos")
+    return found is not None
+
+
+class LoosePhotos:
+    """Files below a folder. Raises ValueError for a link that leads out of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = os.path.realpath(folder)
+
+    def read(self, name: str) -> bytes | None:
+        path = self._path(name)
+        return path.read_bytes() if path else None
+
+    def stamp(self, name: str) -> str:
+        """Size and time of change; "" for a file that is not there."""
+        path = self._path(name)
+        if path is None:
+            return ""
+        status = path.stat()
+        return f"{status.st_size} {status.st_mtime_ns}"
+
+    def _path(self, name: str) -> Path | None:
+        path = os.path.realpath(os.path.join(self.folder, name))
+        if os.path.commonpath([path, self.folder]) != self.folder:
+            raise ValueError(
+                f"the photo {name!r} is a link that leads out of {self.folder}: copy the file there instead"
+            )
+        return Path(path) if os.path.isfile(path) else None

@@ -1,0 +1,1 @@
+"""Where shards lie: a folder, or an address behind a local cache."""

@@ -1,0 +1,1 @@
+"""Shards into batches: read, counted when they fail, and joined in the plan's order."""

@@ -1,0 +1,248 @@
+"""Samples of shards -> the batches of mmfusion.batch. Reads what it is asked for; the order is plan.py's."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from datamodules.photos.decode import PhotoError, decode_photo
+from datamodules.plan import chosen, draws, points
+from datamodules.shards import Sample, ShardError, Shards
+from datamodules.stream.failures import Failed
+from datamodules.stream.photo_cache import PhotoCache
+from datamodules.stream.substitutes import TRIES, substitutes
+from mmfusion.batch import Judged, ProductBatch, QueryBatch, TupleBatch
+
+B = TypeVar("B", QueryBatch, ProductBatch, Judged)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to read for a share of a step of an epoch: products, and which of their slots (`number` of `slots`).
+
+    `block` is that of the batch's photos, if there is one (see blocks.py), and `start` the share's first row in it.
+    """
+
+    seed: int
+    epoch: int
+    product: Int64[np.ndarray, "tuple"]
+    number: Int64[np.ndarray, "tuple"]
+    slots: Int64[np.ndarray, "tuple"]
+    block: int | None = None
+    start: int = 0
+
+    @property
+    def draw(self) -> Int64[np.ndarray, "tuple"]:
+        return draws(self.seed, self.epoch, self.product)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a batch shows of a product: text fields, photo size (height, width), and whether text and photo at all."""
+
+    text_fields: tuple[str, ...]
+    image_size: tuple[int, int]
+    text: bool = True
+    image: bool = True
+
+
+class Shown(NamedTuple):
+    """A sample without its photo's bytes; `photo`: whether its row shows one."""
+
+    sample: Sample
+    photo: bool
+
+
+class Reader:
+    """Makes batches of products, of queries and of tuples; safe to fork and to pickle.
+
+    Beside a batch it returns what failed. A photo that cannot be decoded is absent. A sample that cannot be read is
+    replaced in a batch of tuples by another product (see substitutes.py), with the only slot of one and its own draw;
+    in a batch of products it stays, with neither text nor photo.
+    """
+
+    def __init__(self, shards: Shards, look: Look, damping: float, cache_mib: int) -> None:
+        self._arguments = (shards, look, damping, cache_mib)
+        self.shards, self.look, self.damping = shards, look, damping
+        self.cache = PhotoCache(len(shards) if look.image else 0, look.image_size, cache_mib)
+
+    def __reduce__(self) -> tuple[type["Reader"], tuple[Shards, Look, float, int]]:
+        return Reader, self._arguments
+
+    @cached_property
+    def _rarity(self) -> np.ndarray:
+        """Weight of each query: one with many positives would otherwise be drawn in proportion to them."""
+        return np.maximum(self.shards.queries.positives, 1).astype(np.float64) ** -self.damping
+
+    @cached_property
+    def _trainable(self) -> np.ndarray:
+        return np.flatnonzero(self.shards.index.trainable)
+
+    def queries(self, ids: Int64[np.ndarray, "query"]) -> QueryBatch:
+        texts = [str(text) for text in self.shards.queries.query[ids]]
+        return QueryBatch(texts, torch.from_numpy(ids), torch.ones(len(ids), dtype=torch.bool))
+
+    def products(
+        self, ids: Int64[np.ndarray, "product"], draw: Int64[np.ndarray, "product"]
+    ) -> tuple[ProductBatch, list[Failed]]:
+        failed: list[Failed] = []
+        photo = self._room(len(ids))
+        return self._products(ids, draw, self._read(ids, photo, failed), photo), failed
+
+    def tuples(
+        self, request: Request, photo: UInt8[np.ndarray, "tuple 3 height width"] | None = None
+    ) -> tuple[TupleBatch, list[Failed]]:
+        """One tuple for each slot: the product with one query of its train positives. `photo`: memory for the photos.
+
+        Raises ValueError when no substitute of a product can be read.
+        """
+        failed: list[Failed] = []
+        photo = self._room(len(request.product)) if photo is None else photo
+        read = self._read(request.product, photo, failed)
+        shown = [one or self._substitute(request, row, photo[row], failed) for row, one in enumerate(read)]
+        samples = [one.sample for one in shown]
+        request = _with_substitutes(request, samples)
+        where = points(request.draw, request.number, request.slots).tolist()
+        query = np.array([self._query(*row) for row in zip(samples, where, strict=True)], dtype=np.int64)
+        products = self._products(request.product, request.draw, shown, photo)
+        return TupleBatch(self.queries(query), products, self._judged(samples)), failed
+
+    def text(self, texts: Mapping[str, str]) -> str:
+        """Of a product's fields the chosen ones that say something, joined by a space."""
+        return " ".join(texts[name] for name in self.look.text_fields if texts.get(name))
+
+    def _room(self, count: int) -> UInt8[np.ndarray, "product 3 height width"]:
+        return np.empty((count, 3, *self.look.image_size), np.uint8)
+
+    def _read(
+        self,
+        ids: Int64[np.ndarray, "product"],
+        photo: UInt8[np.ndarray, "product 3 height width"],
+        failed: list[Failed],
+    ) -> Sequence[Shown | None]:
+        """The products, their photos in `photo`; None, noted and without photo, where one cannot be read."""
+        self.shards.tars.fetch(self.shards.index.shard[ids].tolist())
+        read: list[Shown | None] = []
+        for id, pixels in zip(ids.tolist(), photo, strict=True):
+            try:
+                read.append(self._shown(id, pixels, failed))
+            except ShardError as error:
+                failed.append(self.shards.failed(id, error.reason))
+                pixels[:] = 0
+                read.append(None)
+        return read
+
+    def _shown(self, id: int, pixels: UInt8[np.ndarray, "3 height width"], failed: list[Failed]) -> Shown:
+        """Fills `pixels`. The photo is decoded before the next is read: so the memory of one serves them all."""
+        cached = self.cache.get(id) if self.look.image else None
+        sample = self.shards.read(id, photo=self.look.image and cached is None)
+        if cached is not None:
+            pixels[:] = cached
+        present = cached is not None or (sample.photo is not None and self._decoded(sample, pixels, failed))
+        if not present:
+            pixels[:] = 0
+        return Shown(sample._replace(photo=None), present)
+
+    def _decoded(self, sample: Sample, pixels: UInt8[np.ndarray, "3 height width"], failed: list[Failed]) -> bool:
+        """False, and noted, where the photo cannot be."""
+        try:
+            pixels[:] = decode_photo(sample.photo or b"", self.look.image_size, sample.product_id).numpy()
+        except PhotoError as error:
+            failed.append(self.shards.failed(sample.id, error.reason))
+            return False
+        self.cache.put(sample.id, pixels)
+        return True
+
+    def _substitute(
+        self, request: Request, row: int, pixels: UInt8[np.ndarray, "3 height width"], failed: list[Failed]
+    ) -> Shown:
+        """A substitute that cannot be read is not noted here, but in its own turn; one shown without its photo is."""
+        product, number = int(request.product[row]), int(request.number[row])
+        for id in substitutes(self._trainable, request.seed, request.epoch, product, number):
+            try:
+                return self._shown(id, pixels, failed)
+            except ShardError as error:
+                last = error
+        raise ValueError(f"none of {TRIES} products that could take the place of product {product} can be read: {last}")
+
+    def _products(
+        self,
+        ids: Int64[np.ndarray, "product"],
+        draw: Int64[np.ndarray, "product"],
+        shown: Sequence[Shown | None],
+        photo: UInt8[np.ndarray, "product 3 height width"],
+    ) -> ProductBatch:
+        texts = [self.text(one.sample.texts) if one and self.look.text else "" for one in shown]
+        present = [[text != "", one is not None and one.photo] for text, one in zip(texts, shown, strict=True)]
+        return ProductBatch(
+            text=texts,
+            photo=torch.from_numpy(photo),
+            present=torch.tensor(present, dtype=torch.bool).reshape(-1, 2),
+            id=torch.from_numpy(ids),
+            draw=torch.from_numpy(draw),
+            valid=torch.ones(len(ids), dtype=torch.bool),
+        )
+
+    def _query(self, sample: Sample, point: float) -> int:
+        """One of the product's train positives: weight gain x frequency of the query ^ -damping (see plan.chosen)."""
+        primary = self.shards.manifest.primary
+        gain = sample.judgments[primary]
+        positive = np.flatnonzero(gain >= self.shards.manifest.labels[primary].positive_from)
+        query = sample.judgments["query"][positive]
+        return int(query[chosen(gain[positive] * self._rarity[query], point)])
+
+    def _judged(self, samples: Sequence[Sample]) -> dict[str, Judged]:
+        row = np.repeat(np.arange(len(samples)), [len(sample.judgments["query"]) for sample in samples])
+        query = np.concatenate([sample.judgments["query"] for sample in samples])
+        judged = {}
+        for column, label in self.shards.manifest.labels.items():
+            gain = np.concatenate([sample.judgments[column] for sample in samples])
+            listed = gain > 0  # not where NaN: not judged in this column
+            judged[column] = Judged(
+                product=torch.from_numpy(row[listed]),
+                query_id=torch.from_numpy(query[listed]),
+                gain=torch.from_numpy(gain[listed].astype(np.float32)),
+                positive=torch.from_numpy(gain[listed] >= label.positive_from),
+            )
+        return judged
+
+
+def _with_substitutes(request: Request, samples: Sequence[Sample]) -> Request:
+    """The request that asks for these samples: a substitute's slot is the only one of one."""
+    product = np.array([sample.id for sample in samples], dtype=np.int64)
+    own = product == request.product
+    return replace(request, product=product, number=request.number * own, slots=np.where(own, request.slots, 1))
+
+
+def joined(parts: Sequence[TupleBatch], photo: UInt8[Tensor, "tuple 3 height width"] | None = None) -> TupleBatch:
+    """One batch of the parts' tuples, in their order; with `photo` instead of their own, where that is given."""
+    if len(parts) == 1:
+        product = parts[0].product if photo is None else replace(parts[0].product, photo=photo)
+        return replace(parts[0], product=product)
+    starts = np.cumsum([0, *(len(part) for part in parts)])
+    judged = {
+        column: _concatenated(
+            [
+                replace(part.judged[column], product=part.judged[column].product + int(start))
+                for part, start in zip(parts, starts, strict=False)
+            ]
+        )
+        for column in parts[0].judged
+    }
+    product = _concatenated([part.product for part in parts], **({} if photo is None else {"photo": photo}))
+    return TupleBatch(_concatenated([part.query for part in parts]), product, judged)
+
+
+def _concatenated(parts: Sequence[B], **given: Any) -> B:
+    names = [f.name for f in fields(parts[0]) if f.name not in given]
+    columns: dict[str, Any] = {name: _cat([getattr(part, name) for part in parts]) for name in names}
+    return type(parts[0])(**columns, **given)
+
+
+def _cat(values: list[Any]) -> Tensor | list[str]:
+    return torch.cat(values) if isinstance(values[0], Tensor) else [text for value in values for text in value]

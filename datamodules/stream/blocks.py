@@ -1,0 +1,79 @@
+"""Memory for the photos of batches on their way: a worker decodes to where the batch will be read."""
+
+import mmap
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from datamodules.stream.batches import Reader, Request
+from datamodules.stream.failures import Failed
+from mmfusion.batch import TupleBatch
+
+# Two batches asked for ahead (DataLoader's prefetch_factor), one in Lightning's fetcher, one that trains, a spare.
+BLOCKS = 5
+
+
+class PhotoBlocks:
+    """Photos of `count` batches. A block is free again when nobody holds the tensor that it was given out as.
+
+    The memory is shared with forked workers: photos need neither pickling, nor /dev/shm, nor a copy of the whole batch.
+    A process that is not forked has no part in it: whoever unpickles the blocks has none.
+    """
+
+    def __init__(self, count: int, shape: tuple[int, ...]) -> None:
+        self._shape = shape
+        pixels = np.frombuffer(
+            mmap.mmap(-1, max(1, count * int(np.prod(shape)))), np.uint8
+        )  # takes memory when written
+        self._pixels = pixels[: count * int(np.prod(shape))].reshape(count, *shape)
+        self._asked: set[int] = set()
+        self._held: set[int] = set()
+
+    def __reduce__(self) -> tuple[type["PhotoBlocks"], tuple[int, tuple[int, ...]]]:
+        return PhotoBlocks, (0, self._shape)
+
+    def reset(self) -> None:
+        """Takes back what was asked for and never given out: by an iteration that was broken off."""
+        self._asked.clear()
+
+    def take(self) -> int | None:
+        """A free block to be asked for; None where there is none, and the batch takes the long way."""
+        free = set(range(len(self._pixels))) - self._asked - self._held
+        block = min(free, default=None)
+        if block is not None:
+            self._asked.add(block)
+        return block
+
+    def rows(self, block: int, start: int, count: int) -> UInt8[np.ndarray, "product 3 height width"]:
+        return self._pixels[block, start : start + count]
+
+    def give(self, block: int) -> UInt8[Tensor, "product 3 height width"]:
+        view = self._pixels[block]
+        self._asked.discard(block)
+        self._held.add(block)
+        weakref.finalize(view, self._held.discard, block)  # the tensor's storage keeps the view
+        return torch.from_numpy(view)
+
+
+def into_blocks(reader: Reader, blocks: PhotoBlocks) -> Callable[[Request], tuple[TupleBatch, list[Failed]]]:
+    """What a worker does with a request: the photos go into the block, the rest of the batch is sent."""
+    return _IntoBlocks(reader, blocks)
+
+
+class _IntoBlocks:
+    def __init__(self, reader: Reader, blocks: PhotoBlocks) -> None:
+        self._reader, self._blocks = reader, blocks
+
+    def __call__(self, request: Request) -> tuple[TupleBatch, list[Failed]]:
+        if request.block is None:
+            return self._reader.tuples(request)
+        rows = self._blocks.rows(request.block, request.start, len(request.product))
+        batch, failed = self._reader.tuples(request, rows)
+        shape = batch.product.photo.shape
+        sent = torch.zeros(1, dtype=torch.uint8).expand(shape)  # of one byte: in its place the block's rows are read
+        return replace(batch, product=replace(batch.product, photo=sent)), failed
