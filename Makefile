@@ -17,7 +17,7 @@ BIN       := .venv/bin
 MMFUSION  := $(BIN)/mmfusion
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train data eval compare bench bench-eval bench-stream test test-all lint format clean
+.PHONY: help setup train data eval compare bench bench-eval bench-stream bench-import test test-all lint format clean
 
 help:            ## list every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,13 +44,16 @@ eval: setup      ## RUN=runs/... [DATA=shards] [SPLIT=test] [OUT=folder] [ARGS="
 compare: setup   ## RUNS="runs/a runs/b [other.run]" [SPLIT=test] [OUT=page.html]: runs side by side, tested in pairs
 	@$(MMFUSION) compare $(RUNS) $(if $(SPLIT),--split '$(SPLIT)') $(if $(OUT),--out '$(OUT)') $(ARGS)
 
-bench: bench-eval bench-stream  ## every benchmark
+bench: bench-eval bench-stream bench-import  ## every benchmark
 
 bench-eval: .venv/.bench  ## exact search and metrics against their peers (5 minutes)
 	@$(BIN)/python experiments/bench/evaluation.py $(ARGS)
 
 bench-stream: .venv/.bench  ## the stream of 512 px photos against its limit and open_clip's pipeline
 	@$(BIN)/python experiments/bench/stream.py $(ARGS)
+
+bench-import: setup  ## memory of an import of 10 million judgments (3 minutes)
+	@$(BIN)/python experiments/bench/imports.py $(ARGS)
 
 .venv/.bench: .venv/.ready
 	$(BIN)/python -m uv pip install --python $(BIN)/python -c constraints.txt -e '.[bench]' \

@@ -13,6 +13,7 @@ from datamodules.importing.checks import (
     best_of_pairs,
     check_images,
     check_pairs,
+    check_photos,
     check_products,
     check_queries,
     check_trainable,
@@ -165,6 +166,8 @@ def staged_catalogue(
     if repeated_pairs == "best":
         query, product, gain = best_of_pairs(query, product, gain, len(products))
     check_images(products, source.photos is not None)
+    if source.photos is not None:
+        check_photos(products, source.photos)
     train = split_codes(queries)[query] == SPLITS.index("train")
     check_trainable(judgments, labels, gain, train)
     return Catalogue(

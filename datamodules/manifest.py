@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 SCHEMA = 1
 SPLITS = ("train", "val", "test")
@@ -81,20 +81,44 @@ class Manifest:
             raise ValueError(f"the manifest has schema {found}, this version reads {SCHEMA}: import the data again")
         claimed = record.pop("hash", None)
         try:
-            manifest = cls(**{**record, **_typed(record)})
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"the manifest is not complete ({error}): import the data again") from error
+            manifest: Manifest = _typed(cls, record, "the manifest")
+        except TypeError as error:
+            raise ValueError(f"{error}: import the data again") from error
         if manifest.hash != claimed:
             raise ValueError("the manifest was changed after it was written (its hash differs): import the data again")
         return manifest
 
 
-def _typed(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "labels": {name: Label(**label) for name, label in record["labels"].items()},
-        "splits": {name: Split(**split) for name, split in record["splits"].items()},
-        "shards": [Shard(**shard) for shard in record["shards"]],
-    }
+def _typed(kind: Any, value: Any, place: str) -> Any:
+    """A JSON value as the type `kind`, its objects as dataclasses. Raises TypeError where it is of another type."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is UnionType:  # with None
+        return None if value is None else _typed(args[0], value, place)
+    if origin is dict and isinstance(value, dict):
+        return {name: _typed(args[1], item, f"{place}: {name}") for name, item in value.items()}
+    if origin is list and isinstance(value, list):
+        return [_typed(args[0], item, f"{place} [{i}]") for i, item in enumerate(value)]
+    if is_dataclass(kind) and isinstance(value, dict):
+        types = get_type_hints(kind)
+        if value.keys() != types.keys():
+            raise TypeError(f"{place} has {', '.join(value) or 'nothing'}; expected {', '.join(types)}")
+        made: Any = kind
+        return made(**{name: _typed(types[name], item, f"{place}: {name}") for name, item in value.items()})
+    if not _is_plain(value, kind):
+        raise TypeError(f"{place} is {repr(value)[:40]}; expected {getattr(kind, '__name__', kind)}")
+    return value
+
+
+def _is_plain(value: Any, kind: Any) -> bool:
+    if kind is Any:
+        return True
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if kind is int:
+        return type(value) is int and abs(value) < 2**63
+    if kind is float:
+        return type(value) in (int, float)
+    return kind is str and isinstance(value, str)
 
 
 def read_manifest(path: Path) -> Manifest:

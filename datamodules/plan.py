@@ -133,13 +133,17 @@ class Plan:
         self.steps = total // streams // (batch // streams)
         self._epoch: tuple[int, Int64[np.ndarray, "run step share"]] | None = None
 
-    def batch(self, epoch: int, step: int, rank: int = 0, ranks: int = 1) -> Int64[np.ndarray, "position"]:
-        """Positions of one rank's part, in run order: batch / ranks of them, whatever the rank."""
+    def check(self, ranks: int) -> None:
+        """Raises ValueError when the streams cannot be shared by so many ranks."""
         if self.streams % ranks:
             raise ValueError(
                 f"{self.streams} streams cannot be shared by {ranks} ranks: "
                 f"use a number of ranks that divides {self.streams}, or set data.streams to a multiple of {ranks}"
             )
+
+    def batch(self, epoch: int, step: int, rank: int = 0, ranks: int = 1) -> Int64[np.ndarray, "position"]:
+        """Positions of one rank's part, in run order: size / ranks of them, whatever the rank."""
+        self.check(ranks)
         if not (0 <= step < self.steps and 0 <= rank < ranks):
             raise IndexError(f"step {step} of {self.steps}, rank {rank} of {ranks}")
         own = self.streams // ranks

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from datamodules.stores.store import ShardError, Store, open_store, read_tables
+from datamodules.stores.store import Store, open_store, read_tables
+from datamodules.stores.transfer import ShardError
 from datamodules.stream.failures import Failed, Failures
 from datamodules.stream.index import Index, Queries, read_columns, read_judgments
 from datamodules.stream.members import Sample, find_photo, find_record, parse_sample
@@ -183,4 +184,4 @@ class Shards:
             return {}
 
 
-__all__ = ["Index", "Queries", "Sample", "ShardError", "Shards", "parse_sample"]
+__all__ = ["Sample", "ShardError", "Shards"]

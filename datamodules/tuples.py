@@ -21,6 +21,7 @@ from datamodules.stream.retrieval_data import ShardsData
 from datamodules.stream.verify import check_unusable, find_unusable, gathered
 
 Modality = Literal["text", "image"]
+Stage = Literal["fit", "val", "test"]
 ORDER = ("seed", "batch_size", "epoch", "streams", "window", "damping", "manifest")  # what decides who comes when
 
 
@@ -42,7 +43,8 @@ class TupleDataModule(ShardsData, LightningDataModule):
         photo_cache_mib: memory per rank for decoded photos, so that they are decoded once a run; 0: none.
         max_broken: fraction of an epoch's or a corpus's products of which the sample or the photo may fail before
             the run stops. A training sample that fails is replaced; in evaluation it has neither text nor photo.
-        verify: hash all shards of a folder at the start; those that have changed count as failed.
+        verify: hash all shards of a folder at the start, each rank a part of those that it sees; those that have
+            changed count as failed.
         cache: folder for shards from an address; by default $MMFUSION_CACHE or ~/.cache/mmfusion.
         cache_gib: GiB of shards that the cache keeps; by default all.
         allow_pipe: let `path` be pipe:COMMAND, a shell command that writes file {name} to its output.
@@ -84,7 +86,7 @@ class TupleDataModule(ShardsData, LightningDataModule):
         self.verify, self.cache, self.cache_gib, self.allow_pipe = verify, cache, cache_gib, allow_pipe
         self.eval_batch_size, self.val_corpus, self.test_splits = eval_batch_size, val_corpus, test_splits
         self._check_options(modalities)
-        self._loader: Callable[[], TupleLoader | None] = lambda: None
+        self._loaders: dict[Stage, Callable[[], TupleLoader | CorpusLoader | None]] = {}  # of products, the last made
 
     def _check_options(self, modalities: Sequence[str]) -> None:
         least = {"image_size": (min(self.look.image_size), 1), "eval_batch_size": (self.eval_batch_size, 1)}
@@ -107,7 +109,7 @@ class TupleDataModule(ShardsData, LightningDataModule):
             shards = len(self.shards.manifest.shards)
             self.slots = Slots.of(self.shards.index.shard, self.shards.index.pairs, self.epoch)
             self.plan = Plan(self.slots.per_shard(shards), self.seed, self.batch_size, self.streams, self.window)
-            self.plan.batch(0, 0, self._rank, self._ranks)
+            self.plan.check(self._ranks)
 
     def _open(self) -> None:
         cache = None if self.cache is None else Path(self.cache)
@@ -161,36 +163,43 @@ class TupleDataModule(ShardsData, LightningDataModule):
             max_broken=self.max_broken,
         )
         # Weak, as the loader refers to this module: in a cycle its workers would be collected by force, 5 s each.
-        self._loader = weakref.ref(loader)
+        self._loaders["fit"] = weakref.ref(loader)
         return loader
 
     def teardown(self, stage: str) -> None:
-        loader = self._loader()
-        if stage == "fit" and loader is not None:
+        loader = self._loaders.get("fit", lambda: None)()
+        if stage == "fit" and isinstance(loader, TupleLoader):
             loader.close()
         if "shards" in self.__dict__:
             self.shards.close()
 
-    def failures(self) -> dict[str, int]:
-        """Per reason, the samples and photos of the training epoch that failed, on all ranks; all call this at once.
+    def failures(self, stage: Stage = "fit") -> dict[str, int]:
+        """Per reason, the samples and photos of the stage's last pass that failed, on all ranks, and rank 0 warns.
 
-        Raises ValueError, on every rank, where they are together more than data.max_broken allows.
+        All ranks call this at once, at the pass's end. Raises ValueError, on every rank, where they are together more
+        than data.max_broken allows.
         """
-        loader = self._loader()
+        loader = self._loaders.get(stage, lambda: None)()
         if loader is None:
             return dict.fromkeys(REASONS, 0)
-        every = gathered(loader.failures, self._ranks)
-        every[0].merge(every[1:])
-        return every[0].counts()
+        whole, *others = gathered(loader.failures, self._ranks)
+        whole.merge(others)
+        if self._rank == 0:
+            whole.warn()
+        return whole.counts()
 
     def val_dataloader(self) -> list[QueryLoader | CorpusLoader]:
-        return [self._evaluation(name, self.val_corpus) for name in self.val_loaders]
+        return [self._evaluation("val", name, self.val_corpus) for name in self.val_loaders]
 
     def test_dataloader(self) -> list[QueryLoader | CorpusLoader]:
-        return [self._evaluation(name, "all") for name in self.test_loaders]
+        return [self._evaluation("test", name, "all") for name in self.test_loaders]
 
-    def _evaluation(self, name: str, corpus: str) -> QueryLoader | CorpusLoader:
-        return self.corpus_loader(corpus) if name == "corpus" else self.query_loader(name.removeprefix("queries/"))
+    def _evaluation(self, stage: Stage, name: str, corpus: str) -> QueryLoader | CorpusLoader:
+        if name != "corpus":
+            return self.query_loader(name.removeprefix("queries/"))
+        loader = self.corpus_loader(corpus)
+        self._loaders[stage] = weakref.ref(loader)
+        return loader
 
     def query_loader(self, split: str) -> QueryLoader:
         """This rank's queries of a split; over all ranks each once, in batches of equal length on every rank."""

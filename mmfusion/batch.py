@@ -116,6 +116,10 @@ class Judgments:
 class RetrievalData(Protocol):
     """What a model asks of a datamodule besides batches; datamodules.tuples.TupleDataModule is one."""
 
+    @property
+    def address(self) -> str:
+        """Where the data lie, without passwords, keys and tokens."""
+
     manifest_hash: str
     val_loaders: list[str]  # what each validation loader yields: "queries/<split>" or "corpus"
     test_loaders: list[str]
@@ -163,8 +167,9 @@ class RetrievalData(Protocol):
     def thumbnails(self, ids: np.ndarray, side: int) -> list[bytes | None]:
         """Photos of any products as JPEG, `side` pixels at most; None where there is none."""
 
-    def failures(self) -> dict[str, int]:
-        """What failed in the training epoch on all ranks, by reason: the same keys always, 0 where nothing did.
+    def failures(self, stage: Literal["fit", "val", "test"]) -> dict[str, int]:
+        """What failed in the stage's last pass on all ranks, by reason: the same keys always, 0 where nothing did.
 
-        With several ranks, all call this at once, at the epoch's end. Raises ValueError when it is more than allowed.
+        fit: the training epoch; val, test: the corpus. With several ranks, all call this at once, at the pass's end.
+        Raises ValueError, on all of them, when it is more than allowed.
         """

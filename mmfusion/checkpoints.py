@@ -30,6 +30,11 @@ class WholeFiles(TorchCheckpointIO):
             file.flush()
             os.fsync(file.fileno())  # else a power cut may keep the new name and lose the content
         partial.replace(place)
+        folder = os.open(place.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # and this the new name
+        finally:
+            os.close(folder)
 
 
 class LastCheckpoint(ModelCheckpoint):

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import errno
 import os
 import sys
 import time
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 EXPERIMENTS = Path("experiments")
 DEMO = Path("data/demo")
 ROOT = Path(__file__).parents[1]
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # what a user mends, not we
 
 
 def main() -> None:
@@ -34,8 +36,11 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("MMFUSION_TRACEBACK") or not _is_for_users(error):
             raise
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {str(error).removeprefix('argument None: ')}", file=sys.stderr)
+        said, rank = str(error).removeprefix("argument None: "), os.environ.get("LOCAL_RANK", "0")
+        if rank == "0":
+            print(f"error: {said}", file=sys.stderr)
+        elif getattr(error, "one_rank", False):  # the others do not know
+            print(f"error: rank {os.environ.get('RANK', rank)}: {said}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -150,7 +155,7 @@ def data(argv: list[str]) -> None:
         parser.add_function_arguments(made)
     names = [action.dest.upper() for action in parser._actions if action.required]
     given = [arg for arg in rest if arg not in ("--src=", "--out=")]
-    missing = [name for name in names if not any(arg.startswith(f"--{name.lower()}=") for arg in given)]
+    missing = [name for name in names if not any(arg.partition("=")[0] == f"--{name.lower()}" for arg in given)]
     if missing and not {"-h", "--help"} & set(given):
         raise ValueError(
             f"make data FROM={getattr(options, 'from')} needs {' and '.join(missing)}: make data SRC=folder OUT=folder"
@@ -160,6 +165,11 @@ def data(argv: list[str]) -> None:
         made(**chosen).run() if isinstance(made, type) else made(**chosen)
     except KeyboardInterrupt:  # what was kept has been said
         sys.exit(130)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        place, problem = error.filename or chosen.get("out"), os.strerror(error.errno)
+        raise ValueError(f"{place}: {problem}. Once that is mended, the same command goes on") from error
 
 
 def importer(name: str) -> Callable[..., Any]:

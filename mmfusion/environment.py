@@ -14,6 +14,8 @@ import yaml
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from mmfusion.options import shown
+
 PACKAGES = (
     "torch",
     "lightning",
@@ -38,7 +40,7 @@ def commit() -> str | None:
 
 def environment() -> dict[str, Any]:
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *(shown(arg) for arg in sys.argv[1:])],
         "commit": commit(),
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in PACKAGES},

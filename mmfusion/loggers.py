@@ -3,6 +3,7 @@
 import csv
 import netrc
 import os
+import sys
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any, Literal, cast
 from lightning.fabric.loggers.csv_logs import _ExperimentWriter as FabricWriter
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+
+from mmfusion.options import shown
 
 
 @dataclass
@@ -94,10 +97,11 @@ def wandb_settings(mode: str) -> Any:
     """The library stays silent: the last line on the terminal is the run's, not its own.
 
     The mode is given here as Lightning's `offline` goes through the environment, which the library reads only once.
+    Its metadata (machine, system) hold the command as it was typed: where that has secrets, they are left out.
     """
     from wandb import Settings  # noqa: PLC0415  (it takes a second, and only runs that log to it need it)
 
-    return Settings(silent=True, mode=cast(Any, mode))
+    return Settings(silent=True, mode=cast(Any, mode), x_disable_meta=any(shown(arg) != arg for arg in sys.argv))
 
 
 def _wandb_id(run: Path) -> str:

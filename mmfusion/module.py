@@ -127,6 +127,7 @@ class RetrievalModule(StagedModule):
         self.collected: dict[str, dict[str, Collector]] = {}
         self.results: dict[str, dict[str, ViewResult]] = {}
         self.hybrid_weight: float | None = None
+        self._failed: dict[str, set[str]] = {}  # per stage, reasons for which products failed
 
     # ---- construction ------------------------------------------------------------------------------------------------
 
@@ -195,9 +196,7 @@ class RetrievalModule(StagedModule):
         return total
 
     def on_train_epoch_end(self) -> None:
-        failed = {reason.replace(" ", "_"): count for reason, count in self.data.failures().items() if count}
-        # the same on all ranks already
-        self.log_dict({f"data/failed/{reason}": float(count) for reason, count in failed.items()}, sync_dist=False)
+        self._log_failures("fit", "data")
 
     def terms(self, batch: TupleBatch, names: set[str]) -> dict[str, Float[Tensor, ""]]:
         """The loss terms `names` on one rank's share of the batch; DDP's mean over ranks is the whole batch's loss."""
@@ -337,6 +336,7 @@ class RetrievalModule(StagedModule):
             collectors[view].add(rows, batch.id, batch.valid)
 
     def on_validation_epoch_end(self) -> None:
+        self._log_failures("val", "val")
         # validation decides which checkpoint is best: means do, and their intervals would be thrown away
         metrics = [name for name in VALIDATION if int(name.partition("@")[2] or 0) <= self.evaluation.depth]
         self._evaluate(dataclasses.replace(self.evaluation, metrics=metrics), intervals=False)
@@ -349,6 +349,7 @@ class RetrievalModule(StagedModule):
             self.log(f"{split}/primary", primary[main_metric(primary)]["value"])
 
     def on_test_epoch_end(self) -> None:
+        self._log_failures("test", "test")
         tie = self._evaluate(self.evaluation)
         if self.evaluation.baselines and self.results:
             self.hybrid_weight = add_baselines(
@@ -394,6 +395,14 @@ class RetrievalModule(StagedModule):
         groups = cast(torch.optim.Optimizer, self.optimizers()).param_groups
         rates = {f"lr/{group['name'].removesuffix('/no_decay')}": group["lr"] for group in groups}
         self.log_dict(rates, batch_size=size, sync_dist=False)
+
+    def _log_failures(self, stage: Literal["fit", "val", "test"], prefix: str) -> None:
+        """What failed in the stage's pass, on all ranks at once: of each reason from its first time on, also 0 then."""
+        counts, seen = self.data.failures(stage), self._failed.setdefault(stage, set())
+        seen |= {reason for reason, count in counts.items() if count}
+        failed = {reason.replace(" ", "_"): float(count) for reason, count in counts.items() if reason in seen}
+        # the same on all ranks already
+        self.log_dict({f"{prefix}/failed/{reason}": count for reason, count in failed.items()}, sync_dist=False)
 
     def _log_gates(self, projected: dict[str, Any], present: Bool[Tensor, "product 2"]) -> None:
         """Mean and spread of the head's gates or expert weights over the batch."""

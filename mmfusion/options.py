@@ -27,13 +27,32 @@ RESUME_KEEPS_OF_TRAINER = (
     "limit_train_batches",
 )  # fmt: skip
 
-ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/'\"]*@)?([^\s?'\"]*)(?:\?[^\s'\"]*)?")
+ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^\s?#]*)(\S*)")
+PIPE = re.compile(r"(?<!\w)pipe:.*", re.DOTALL)
 RATE = re.compile(r"--model\.stages\.([^.=]+)\.rates\.([^.=]+)=(.*)")
 
 
-def shown(text: str) -> str:
-    """Its addresses without user, password and query string: what is written to files and dashboards has readers."""
-    return ADDRESS.sub(r"\1\2", text)
+def shown(argument: str) -> str:
+    """An argument without users, passwords, query strings, fragments and shell commands: what is written has readers.
+
+    Of the address of the data, RetrievalData.address knows more exactly what may be shown.
+    """
+    return ADDRESS.sub(_without_secrets, PIPE.sub("pipe:...", argument))
+
+
+def _without_secrets(address: re.Match[str]) -> str:
+    scheme, place, rest = address.groups()
+    # With an @ in the rest, the ? or # may have been one of the password.
+    return f"{scheme}***" if "@" in rest else scheme + place.rpartition("@")[2]
+
+
+def all_shown(value: Any) -> Any:
+    """A value of the options, its texts as `shown`."""
+    if isinstance(value, dict):
+        return {key: all_shown(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [all_shown(item) for item in value]
+    return shown(value) if isinstance(value, str) else value
 
 
 def with_merged_rates(argv: list[str]) -> list[str]:

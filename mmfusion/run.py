@@ -23,7 +23,7 @@ from mmfusion.dashboard import final_values, log_evaluation
 from mmfusion.environment import MadeWith, commit
 from mmfusion.loggers import Wandb, make_loggers
 from mmfusion.module import RetrievalModule
-from mmfusion.options import contract, explained, shown, with_merged_rates
+from mmfusion.options import all_shown, contract, explained, shown, with_merged_rates
 from mmfusion.outcome import leave, metrics_of, write_trec
 from mmfusion.progress import RunProgress
 from mmfusion.retrieval.report import read_results, write_results
@@ -85,10 +85,13 @@ class FusionCLI(LightningCLI):
 
     def resolved(self) -> str:
         """The options as config.yaml and loggers hold them: it runs again as it is, from the start, where the
-        environment has what opens an address (see options.shown)."""
+        environment has what opens an address; of a command (pipe:) it keeps the first word alone."""
         config = self.config.clone()
         config.resume = None
-        return shown(self.parser.dump(config, skip_unset=False))
+        for key, value in list(config.items()):
+            config[key] = all_shown(value)
+        config.data.init_args.path = self.datamodule.address
+        return self.parser.dump(config, skip_unset=False)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         for name, (kept, why) in DECIDED.items():
@@ -147,13 +150,14 @@ def _about(
     cli: FusionCLI, run: Path, checkpoint: Path, made_by: str | None, overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
     """The key `run` of results.json. overrides: options that an evaluation was given besides the run's own."""
+    address = cli.datamodule.address
     return {
         "folder": str(run.resolve()),
-        "overrides": list(overrides),
+        "overrides": [shown(option) for option in overrides],
         "seed": cli.config.seed_everything,
         "commit": made_by,
         "manifest": cli.datamodule.manifest_hash,
-        "data": shown(path) if ":" in (path := str(cli.datamodule.path)) else str(Path(path).resolve()),
+        "data": address if ":" in address else str(Path(address).resolve()),
         "checkpoint": str(checkpoint),
         "gains": cli.datamodule.gains,
     }

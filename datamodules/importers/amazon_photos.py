@@ -92,7 +92,10 @@ def _esci_s(path: Path, locales: Sequence[str], counts: Counter[str]) -> Iterato
         if missing := [key for key in ("asin", "locale") if not product.get(key)]:
             raise ValueError(f"{path}, line {number} has no {', '.join(missing)}; its keys are: {', '.join(product)}")
         if product["locale"] in locales:
-            url = (product.get("image") or product.get("img") or "").strip()
+            url = product.get("image") or product.get("img") or ""
+            if not isinstance(url, str):
+                raise ValueError(f"{path}, line {number}: the image is {url!r}; expected its address as a string")
+            url = url.strip()
             default = NO_PHOTO in url
             counts["default picture"] += default
             yield {"id": f"{product['locale']}:{product['asin']}", "url": "" if default else repaired(url)}

@@ -71,12 +71,15 @@ class Fashion(Import):
 
 
 def read_styles(path: Path) -> Styles:
-    """Rows with more cells than the header has are joined in their last one. Raises ValueError for too few cells."""
+    """Rows with more cells than the header has are joined in their last one. Raises ValueError for too few cells,
+    and for one with a line break, which an open quote makes of the rows that it swallows."""
     header = require(path, ["id", *ATTRIBUTES, TITLE])
     if header[-1] != TITLE:
         raise ValueError(f"{path}: the last column is {header[-1]!r}; expected {TITLE!r}, whose commas are not quoted")
     rows, with_commas = [], 0
     for number, cells in enumerate(_rows(path), 1):
+        if any("\n" in cell or "\r" in cell for cell in cells):
+            raise ValueError(f"{path}, row {number}: a cell holds a line break, so a quote is not closed: {cells[:3]}")
         if len(cells) < len(header):
             raise ValueError(f"{path}, row {number}: {len(cells)} cells, the header has {len(header)}: {cells}")
         with_commas += len(cells) > len(header)
@@ -90,10 +93,16 @@ def read_styles(path: Path) -> Styles:
 
 
 def _rows(path: Path) -> Iterator[list[str]]:
+    number = 0
     with path.open(encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file)
         next(lines)
-        yield from (cells for cells in lines if cells)
+        try:
+            for cells in filter(None, lines):
+                number += 1
+                yield cells
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path} cannot be read as comma-separated UTF-8, behind row {number}: {error}") from error
 
 
 def sparse_titles(titles: Sequence[str], colours: Sequence[str], usages: Sequence[str]) -> list[str]:

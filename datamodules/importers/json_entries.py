@@ -46,12 +46,12 @@ def _entries(path: Path, buffer: _Buffer) -> Iterator[tuple[str, Any]]:
         try:
             position = buffer.skip(buffer.at)
             if buffer.text[position] == "}" and opening == ",":
-                return
+                return _check_end(path, buffer, position)
             if buffer.text[position] != opening:
                 raise ValueError(f"{path}: expected {opening!r} after {last}, found {buffer.text[position]!r}")
             start = buffer.skip(position + 1)
             if buffer.text[start] == "}":  # an empty object, or a comma too many
-                return
+                return _check_end(path, buffer, start)
             key, value, end = _entry(buffer, start)
         except (IndexError, json.JSONDecodeError) as error:
             if buffer.whole or len(buffer.text) - buffer.at > LONGEST:
@@ -62,6 +62,16 @@ def _entries(path: Path, buffer: _Buffer) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"{path}: the key after {last} is {key!r}; expected a string")
         yield key, value
         buffer.at, opening, last = end, ",", f"the entry {key!r}"
+
+
+def _check_end(path: Path, buffer: _Buffer, closing: int) -> None:
+    """Raises ValueError unless nothing but space follows: a file that was written twice, or cut and gone on with."""
+    buffer.at = closing + 1
+    while not buffer.whole:
+        if rest := buffer.text[buffer.at :].strip(SPACE):
+            raise ValueError(f"{path} goes on behind the end of its object: {rest[:40]!r}")
+        buffer.at = len(buffer.text)
+        buffer.grow()
 
 
 def _entry(buffer: _Buffer, start: int) -> tuple[Any, Any, int]:

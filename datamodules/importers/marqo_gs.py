@@ -11,7 +11,7 @@ the seen queries on corpus 1. Each of the four parts has a ground truth of dev a
   the published number, which searches corpus 2 alone.
 - `in_domain` (seen queries on corpus 1) and `novel_corpus` (seen queries on corpus 2) evaluate train queries, by design
   of the data set; in_domain even evaluates the very pairs that are trained on. They are evaluated only when named, as
-  queries of their own, and max_shared_queries is then 1.
+  queries of their own, and max_shared_queries is then 1 by default.
 
 Products have the column `corpus` (1 or 2), queries the column `part` (train, or the parts whose ground truth has them)
 to slice by. Judgments are the triplets; the ground truth files, made from them, tell which queries are dev and test.
@@ -62,7 +62,7 @@ class MarqoGS(Import):
     def __post_init__(self) -> None:
         if not self._parts or len(set(self._parts)) < len(self._parts):
             raise ValueError(f"evaluate is {self.evaluate!r}; expected one or more of {', '.join(PARTS)}, each once")
-        if set(self._parts) & set(SEEN):
+        if set(self._parts) & set(SEEN) and not self.max_shared_queries:
             self.max_shared_queries = 1.0
 
     @property

@@ -125,9 +125,14 @@ def _ground_truth(folder: Path, part: str, kind: str) -> Iterator[tuple[str, int
 
 def _named_texts(path: Path) -> dict[str, str]:
     """What the queries file calls each query, {} when it is a list of texts or is not there: then texts are the ids."""
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON or cut short: {error}") from error
     if isinstance(content, list):
         return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {str(content)[:40]!r}; expected an object of queries, or a list of texts")
     texts: dict[str, Any] = {
         key: value.get("query") if isinstance(value, dict) else value for key, value in content.items()
     }

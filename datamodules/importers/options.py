@@ -80,7 +80,7 @@ class Import:
                 repeated_pairs=self.repeated_pairs,
             )
             manifest = write_into(folder, catalogue, out, writing)
-            print_summary(catalogue, manifest, out)
+        print_summary(catalogue, manifest, out)
         return manifest
 
     def _shared(self) -> PhotoOptions:

@@ -10,7 +10,8 @@ import pyarrow.compute as pc
 from datamodules.importing.splits import normalised
 from datamodules.importing.staged import Table, positions
 from datamodules.manifest import SPLITS, Label
-from datamodules.photos.files import ADDRESS
+from datamodules.photos.files import ADDRESS, Photos
+from datamodules.photos.options import ABSENT
 
 SHOWN = 3  # examples in a message
 OURS = ("id", "positives")  # columns that queries.parquet adds
@@ -148,6 +149,29 @@ def check_images(products: Table, has_photos: bool) -> None:
         raise FileNotFoundError(
             f"{products.path.parent} has neither images/ nor images.tar, but {products.path.name} names {local:,} "
             "photos; add them, or leave the column image blank"
+        )
+
+
+def check_photos(products: Table, photos: Photos) -> None:
+    """Raises ValueError when photos are named by their files, and not a single one is there: another folder's."""
+    first = None
+    for start, chunk in products.chunks("image") if "image" in products.names else ():
+        names = pc.utf8_trim_whitespace(chunk)
+        local = pc.and_not(pc.not_equal(names, ""), pc.match_substring_regex(names, WEB))
+        for row in np.flatnonzero(local.to_numpy(zero_copy_only=False)).tolist():
+            name = names[row].as_py()
+            first = first or (start + row, name)
+            try:
+                if photos.get([name]) != [ABSENT]:
+                    return
+            except ValueError:  # the link leads out of the folder: told when it is read for its shard
+                return
+    if first:
+        row, name = first
+        raise products.error(
+            row,
+            f"there is no photo {name!r}, nor any other that {products.path.name} names; it was looked for at "
+            f"{photos.place(name)}. Leave the column image blank to do without",
         )
 
 

@@ -1,13 +1,14 @@
 """Photos of one shard, in order, a few chunks ahead of who writes them."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from functools import partial
 from threading import Thread
 
-from datamodules.photos.files import ADDRESS, Failure, PhotoOptions, Photos
+from datamodules.photos.files import Failure, PhotoOptions, Photos, is_web
 
-CHUNK = 128  # photos that are fetched at once
+CHUNK = 32  # photos that are fetched at once, some by URL; of AHEAD times as many the bytes are in memory
 AHEAD = 4  # chunks that are fetched at a time, at most, where some come by URL: a slow host holds up only its own
 
 Fetched = list[bytes | Failure]
@@ -20,21 +21,23 @@ def chunks_ahead(photos: PhotoOptions, workers: int) -> int:
 
 def fetched(photos: Photos, names: Sequence[str], ahead: int = AHEAD) -> Iterator[bytes | Failure]:
     """What `photos.get` gives, in the order of `names`; its ValueErrors come when it is the chunk's turn."""
-    waiting: deque[Callable[[], Fetched]] = deque()
+    waiting: deque[Callable[[], Iterable[bytes | Failure]]] = deque()
     for start in range(0, len(names), CHUNK):
         chunk = names[start : start + CHUNK]
-        if any(map(is_url, chunk)):
+        if any(map(is_web, chunk)):
             waiting.append(_started(photos, chunk).result)
         else:
-            waiting.append(lambda chunk=chunk: photos.get(chunk))  # type: ignore[misc]
+            waiting.append(partial(_one_by_one, photos, chunk))
         if len(waiting) == ahead:
             yield from waiting.popleft()()
     while waiting:
         yield from waiting.popleft()()
 
 
-def is_url(name: str) -> bool:
-    return ADDRESS.match(name) is not None
+def _one_by_one(photos: Photos, names: Sequence[str]) -> Iterator[bytes | Failure]:
+    """From files, each read when it is its turn."""
+    for name in names:
+        yield from photos.get([name])
 
 
 def _started(photos: Photos, names: Sequence[str]) -> Future[Fetched]:

@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -11,20 +10,15 @@ from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
+
+from datamodules.outcomes import Outcome, outcome, result
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 Jobs = int | Literal["ray"]
 ROOT = Path(__file__).parents[2]
 IN_FLIGHT = 2  # tasks per worker
-
-
-class _Outcome(NamedTuple):
-    """Errors that our own checks raise travel as values: raised there, their traceback would end in a library."""
-
-    result: Any
-    error: ValueError | FileNotFoundError | None = None
 
 
 def workers(jobs: object) -> int:
@@ -53,14 +47,14 @@ def _by_processes(function: Callable[[Task], Result], tasks: Iterable[Task], cou
     ours, theirs = context.Pipe()
     pool = ProcessPoolExecutor(count, context, _begin, (function, theirs))
     try:
-        left, running = iter(tasks), set[Future[_Outcome]]()
+        left, running = iter(tasks), set[Future[Outcome]]()
         while True:
             running |= {pool.submit(_run, task) for task in islice(left, IN_FLIGHT * count - len(running))}
             if not running:
                 break
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                yield _result(future.result())
+                yield result(future.result())
     except BrokenProcessPool as error:
         raise ValueError(
             "a process that wrote shards was killed, perhaps for want of memory: fewer JOBS need less, and the same "
@@ -90,25 +84,9 @@ def _end_with(parent: Connection) -> None:
         os._exit(1)
 
 
-def _run(task: Any) -> _Outcome:
+def _run(task: Any) -> Outcome:
     assert _function is not None
-    return _outcome(_function, task)
-
-
-def _outcome(function: Callable[[Task], Result], task: Task) -> _Outcome:
-    try:
-        return _Outcome(function(task))
-    except (ValueError, FileNotFoundError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if ROOT / "datamodules" not in raised_in.parents:
-            raise
-        return _Outcome(None, error)
-
-
-def _result(outcome: _Outcome) -> Any:
-    if outcome.error is not None:
-        raise outcome.error
-    return outcome.result
+    return outcome(_function, task)
 
 
 def _by_ray(function: Callable[[Task], Result], tasks: Iterable[Task], count: int) -> Iterator[Result]:
@@ -116,7 +94,7 @@ def _by_ray(function: Callable[[Task], Result], tasks: Iterable[Task], count: in
     ray = _started_ray()
     shared = ray.put(function)
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    remote = ray.remote(_outcome).options(runtime_env={"env_vars": {"PYTHONPATH": path}})
+    remote = ray.remote(outcome).options(runtime_env={"env_vars": {"PYTHONPATH": path}})
     running: list[Any] = []
     try:
         left = iter(tasks)
@@ -125,8 +103,8 @@ def _by_ray(function: Callable[[Task], Result], tasks: Iterable[Task], count: in
             if not running:
                 break
             done, running = ray.wait(running)
-            for outcome in ray.get(done):
-                yield _result(outcome)
+            for found in ray.get(done):
+                yield result(found)
     finally:
         for task in running:
             ray.cancel(task, force=True)

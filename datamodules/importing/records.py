@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datamodules.importing.partial import DONE
+from datamodules.importing.partial import DONE, IMPORT
 from datamodules.manifest import Shard
 
 VERSION = 1  # of how shards are made from tables: raise it when their bytes change
-IMPORT = "import.json"
 LIBRARIES = ("pillow", "webdataset")  # that decide bytes
 
 
@@ -32,11 +31,15 @@ class Failed(NamedTuple):
 
 @dataclass(frozen=True)
 class Done:
-    """A finished shard: its entry in the manifest, its rows of index.parquet, and what its photos were."""
+    """A finished shard: its entry in the manifest, its rows of index.parquet, and what its photos were.
+
+    `signature`: of the photos' names, sizes and times; `sizes`: without the times.
+    """
 
     number: int
     shard: Shard
     signature: str
+    sizes: str
     offset: np.ndarray
     size: np.ndarray
     photo: np.ndarray
@@ -44,22 +47,26 @@ class Done:
 
     def write(self, folder: Path) -> None:
         columns = {name: getattr(self, name).tolist() for name in ("offset", "size", "photo")}
-        record = {"shard": asdict(self.shard), "signature": self.signature, "failed": self.failed, **columns}
-        write_whole(_record(folder, self.number), json.dumps(record))
+        record = {"shard": asdict(self.shard), "signature": self.signature, "sizes": self.sizes, "failed": self.failed}
+        write_whole(_record(folder, self.number), json.dumps({**record, **columns}))
 
     @classmethod
     def read(cls, folder: Path, number: int) -> "Done | None":
-        """None unless the shard was finished and its tar is there."""
+        """None unless the shard was finished, and its record and its tar are whole."""
         if not _record(folder, number).is_file():
             return None
-        record = json.loads(_record(folder, number).read_text(encoding="utf-8"))
-        shard = Shard(**record["shard"])
+        try:
+            record = json.loads(_record(folder, number).read_text(encoding="utf-8"))
+            shard = Shard(**record["shard"])
+            offset, size, photo = (np.array(record[name]) for name in ("offset", "size", "photo"))
+            failed = [Failed(*failed) for failed in record["failed"]]
+            signature, sizes = str(record["signature"]), str(record["sizes"])
+        except (ValueError, TypeError, KeyError):  # cut short, by a machine that lost its power
+            return None
         tar = folder / shard.name
         if not tar.is_file() or tar.stat().st_size != shard.bytes:
             return None
-        offset, size, photo = (np.array(record[name]) for name in ("offset", "size", "photo"))
-        failed = [Failed(*failed) for failed in record["failed"]]
-        return cls(number, shard, record["signature"], offset, size, photo, failed)
+        return cls(number, shard, signature, sizes, offset, size, photo, failed)
 
     @staticmethod
     def forget(folder: Path, number: int) -> None:

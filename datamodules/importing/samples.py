@@ -1,6 +1,6 @@
 """One shard: a pure function of the staged folder and its number, whichever process computes it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,13 +8,13 @@ import numpy as np
 
 from datamodules.catalogue import broken_photo
 from datamodules.importing.dense import Judged
-from datamodules.importing.fetching import fetched, is_url
+from datamodules.importing.fetching import fetched
 from datamodules.importing.partial import STAGING
 from datamodules.importing.records import Done, Failed
 from datamodules.importing.staged import Table, open_table
 from datamodules.importing.tar import SampleTar, StoredPhotos
 from datamodules.photos.decode import PhotoError
-from datamodules.photos.files import Failure, Photo, Photos, prepared
+from datamodules.photos.files import Failure, Photo, Photos, is_web, prepared
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class ShardWriter:
         if before and self._final(before):
             return before
         path = self.folder / f"{number:05d}.tar"
-        photos = self._photos(products, rows, cells, names, StoredPhotos(path if before else None))
+        final = {photo.row: photo for photo in before.failed if self._is_final(photo)} if before else {}
+        photos = self._photos(products, rows, cells, names, StoredPhotos(path if before else None), final)
         places, failed = list[tuple[int, int, bool]](), list[Failed]()
         with SampleTar(path) as tar:
             for id, row, judgments, found in zip(ids.tolist(), cells, judged.of(ids), photos, strict=True):
@@ -65,7 +66,8 @@ class ShardWriter:
                 places.append((*tar.add(product_id, record, stored), stored is not None))
             Done.forget(self.folder, number)  # it tells of the tar that is replaced now
         offset, size, photo = (np.array(column) for column in zip(*places, strict=True))
-        done = Done(number, tar.shard(judged.pairs[ids]), signature, offset, size, photo, failed)
+        sizes = self.photos.signature([name for name in names if name], times=False)
+        done = Done(number, tar.shard(judged.pairs[ids]), signature, sizes, offset, size, photo, failed)
         done.write(self.folder)
         return done
 
@@ -81,12 +83,19 @@ class ShardWriter:
                     raise products.error(row, f"image: {error}") from error
             raise
 
-    def signature(self, number: int) -> str:
-        """Of the photos that the shard's products name."""
+    def sizes(self, number: int) -> str:
+        """A digest of names and sizes of the photos that the shard's products name: of a copy it is the same."""
+        return self.photos.signature(self._named(number), times=False)
+
+    def newest(self, number: int) -> int:
+        """When the last of these photos changed; see Photos."""
+        return self.photos.newest(self._named(number))
+
+    def _named(self, number: int) -> list[str]:
         products, judged = self._open()
-        _, rows = self._products(judged, number)
+        rows = self._products(judged, number)[1]
         images = products.take(["image"], rows)["image"].to_pylist() if "image" in products.names else []
-        return self._signature(products, rows, [name.strip() for name in images])
+        return [name for image in images if (name := image.strip())]
 
     def _open(self) -> tuple[Table, Judged]:
         return open_table(self.products, self.published), Judged.open(self.folder / STAGING, self.labels)
@@ -98,20 +107,34 @@ class ShardWriter:
 
     def _final(self, done: Done) -> bool:
         """Whether another attempt would give the same shard."""
-        return not any(photo.transient or (photo.broken and not self._drops(photo)) for photo in done.failed)
+        return all(map(self._is_final, done.failed))
+
+    def _is_final(self, photo: Failed) -> bool:
+        return not photo.transient and (not photo.broken or self._drops(photo))
 
     def _drops(self, photo: Failed) -> bool:
         """Photos by URL are left out up to a limit, which is for the whole import to keep."""
         return self.drop_broken or photo.web
 
     def _photos(
-        self, products: Table, rows: np.ndarray, cells: list[dict[str, str]], names: list[str], stored: StoredPhotos
+        self,
+        products: Table,
+        rows: np.ndarray,
+        cells: list[dict[str, str]],
+        names: list[str],
+        stored: StoredPhotos,
+        final: Mapping[int, Failed],
     ) -> Iterator[Photo | Failed | None]:
-        """The photo of each product, why there is none, or None where none is named."""
+        """The photo of each product, why there is none, or None where none is named. `final`: failures, by row, that
+        are not tried again."""
         ids = [row["product_id"] for row in cells]
-        missing = [number for number, name in enumerate(names) if name and ids[number] not in stored]
-        contents = fetched(self.photos, [names[number] for number in missing], self.ahead)
-        for row, id, name in zip(rows.tolist(), ids, names, strict=True):
+        of_products = list(zip(rows.tolist(), ids, names, strict=True))
+        missing = [name for row, id, name in of_products if name and row not in final and id not in stored]
+        contents = fetched(self.photos, missing, self.ahead)
+        for row, id, name in of_products:
+            if name and row in final:
+                yield final[row]
+                continue
             if not name or id in stored:
                 yield stored.get(id)
                 continue
@@ -119,11 +142,11 @@ class ShardWriter:
 
     def _prepared(self, products: Table, row: int, id: str, name: str, content: bytes | Failure) -> Photo | Failed:
         if isinstance(content, Failure):
-            return Failed(row, content.reason, content.transient, broken=False, web=is_url(name))
+            return Failed(row, content.reason, content.transient, broken=False, web=is_web(name))
         try:
             return prepared(content, id, self.max_side, self.quality)
         except PhotoError as error:
-            failed = Failed(row, error.reason, transient=False, broken=True, web=is_url(name))
+            failed = Failed(row, error.reason, transient=False, broken=True, web=is_web(name))
             if self._drops(failed):
                 return failed
             problem = broken_photo(products, row, name, error)

@@ -4,6 +4,8 @@ import unicodedata
 from collections.abc import Iterable
 from hashlib import blake2b
 
+STEP = 2.0**-53  # between positions
+
 
 def normalised(text: str) -> str:
     """The text by which two queries count as one: NFKC, casefold, runs of white space as one space."""
@@ -14,7 +16,7 @@ def normalised(text: str) -> str:
 def position(text: str, seed: int) -> float:
     """Where a text falls in [0, 1), uniformly: a hash of the seed and the normalised text."""
     digest = blake2b(f"{seed}\0{normalised(text)}".encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
+    return (int.from_bytes(digest, "big") >> 11) * STEP
 
 
 def in_val(query: str, seed: int, fraction: float) -> bool:

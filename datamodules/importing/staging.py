@@ -78,7 +78,7 @@ def stage(source: Source, folder: Path) -> dict[str, Table]:
 
 def _stage(stream: Stream, path: Path, read: Callable[[int], None]) -> Table:
     content, writer = None, None
-    for batch in _even(_as_text(stream.path, batch) for batch in stream.batches()):
+    for batch in _even(as_text(stream.path, batch) for batch in stream.batches()):
         if writer is None or content is None:
             content, writer = _Content(batch.schema), pa.ipc.new_file(str(path), batch.schema)
         writer.write_batch(batch)
@@ -97,17 +97,14 @@ def _even(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for start in range(0, batch.num_rows, MOST_ROWS):
             waiting.append(batch.slice(start, MOST_ROWS))
             if sum(part.num_rows for part in waiting) >= LEAST_ROWS:
-                yield _joined(waiting)
+                yield pa.concat_batches(waiting)
                 waiting = []
     if waiting:
-        yield _joined(waiting)
+        yield pa.concat_batches(waiting)
 
 
-def _joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
-    return pa.concat_batches(batches)
-
-
-def _as_text(path: Path, batch: pa.RecordBatch) -> pa.RecordBatch:
+def as_text(path: Path, batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Every column as strings, null as "". Raises ValueError for a column that is neither text nor numbers."""
     names = batch.schema.names
     columns = [_column(path, name, column) for name, column in zip(names, batch.columns, strict=True)]
     return pa.record_batch(columns, names=names)

@@ -35,7 +35,8 @@ def print_summary(catalogue: Catalogue, manifest: Manifest, out: Path, console: 
         markup=False,
     )
     if repeated := len(catalogue.judgments) - len(catalogue.query):
-        console.print(f"judged more than once: {repeated:,} pairs, whose highest gain counts", highlight=False)
+        told = f"judged more than once: {repeated:,} judgments left out; the highest gain of a pair counts"
+        console.print(told, highlight=False)
     console.print(f"source: {_told(manifest.source)}", highlight=False, markup=False)
     if catalogue.shared_queries:
         console.print(
@@ -49,11 +50,19 @@ def _reasons(path: Path) -> str:
     if not path.is_file():  # shards of an earlier version
         return ""
     with path.open(encoding="utf-8", newline="") as file:
-        missing = [(row["reason"], urlsplit(row["image"]).hostname) for row in csv.DictReader(file)]
+        missing = [(row["reason"], _host(row["image"])) for row in csv.DictReader(file)]
     told = [f"why: {_counted(reason for reason, _ in missing)}"]
     if hosts := [host for _, host in missing if host]:
         told.append(f"hosts: {_counted(hosts, WORST)}")
     return f"{'; '.join(told)} (all in {path.name})\n" if missing else ""
+
+
+def _host(address: str) -> str | None:
+    """None for a file's name, and for an address that is none."""
+    try:
+        return urlsplit(address).hostname
+    except ValueError:
+        return None
 
 
 def _told(source: Mapping[str, Any]) -> str:

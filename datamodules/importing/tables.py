@@ -3,6 +3,7 @@
 import csv
 import gzip
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from io import TextIOWrapper
 from pathlib import Path
@@ -14,6 +15,8 @@ import pyarrow.parquet as pq
 ENDINGS = ("csv", "csv.gz", "parquet")
 BLOCK = 16 << 20  # bytes of a CSV file that are parsed at once; no row may be longer
 ROWS = 16384  # of a Parquet file that are decoded at once
+
+UNREADABLE = (UnicodeDecodeError, OSError, EOFError, csv.Error, zlib.error)  # what reading a text raises
 
 
 def require_columns(path: Path, names: Sequence[str], needed: Iterable[str]) -> None:
@@ -94,7 +97,7 @@ def _header(path: Path) -> tuple[list[str], str]:
         header, delimiter = _first(path, ","), ","
         if len(header) == 1 and "\t" in header[0]:
             header, delimiter = _first(path, "\t"), "\t"
-    except (UnicodeDecodeError, OSError, EOFError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path} cannot be read as comma-separated UTF-8: {error}") from error
     _check_header(path, header)
     return header, delimiter
@@ -120,8 +123,13 @@ def _open_text(path: Path) -> TextIOWrapper:
 
 def place(path: Path, row: int) -> str:
     """Where a row (from 0) stands in a file: "row 17 (line 18)"; rows do not count the header, lines do."""
-    is_csv = path.name.endswith((".csv", ".csv.gz")) and path.is_file()
-    return f"row {row + 1}" + (f" (line {_line(path, row)})" if is_csv else "")
+    told = f"row {row + 1}"
+    if not path.name.endswith((".csv", ".csv.gz")) or not path.is_file():
+        return told
+    try:
+        return f"{told} (line {_line(path, row)})"
+    except UNREADABLE:  # which is perhaps what is being reported
+        return told
 
 
 def _line(path: Path, row: int) -> int:

@@ -18,13 +18,14 @@ from datamodules.importing.dense import dense_judgments, store_judged
 from datamodules.importing.fetching import chunks_ahead
 from datamodules.importing.jobs import Jobs, run_map, workers
 from datamodules.importing.outputs import write_tables
-from datamodules.importing.partial import LOCK, STAGING, discard, partial_folder, publish
-from datamodules.importing.records import IMPORT, Done, differences, import_record, read_record, write_whole
+from datamodules.importing.partial import DONE, IMPORT, LOCK, STAGING, discard, partial_folder, publish, tidy
+from datamodules.importing.records import Done, differences, import_record, read_record, write_whole
 from datamodules.importing.samples import ShardWriter
 from datamodules.manifest import SPLITS, UNLISTED, Manifest, Split, Unlisted, read_manifest
 from datamodules.photos.files import PhotoOptions
 
 LEAST_SHARDS, MOST_PRODUCTS = 16, 2048
+ENOUGH, HOPELESS = 1000, 5  # failed downloads, and times max_failed, from which on an import stops in between
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,10 @@ def write_into(folder: Path, catalogue: Catalogue, out: Path, writing: Writing) 
     writer = _shard_writer(folder, catalogue, writing, shards)
     if existing and _is_the_same(out, record, catalogue, writer):
         print(f"{out} holds these shards already: nothing is written", file=sys.stderr)
+        tidy(out)
         return existing
-    _take_over(folder, record, shards)
-    written = sorted(_written(writer, len(catalogue.products), writing.jobs), key=lambda done: done.number)
+    _take_over(folder, record, shards, catalogue.by_url)
+    written = sorted(_written(writer, len(catalogue.products), writing), key=lambda done: done.number)
     _check_failed(written, writing.photos.max_failed, folder)
     tables = write_tables(folder, catalogue, judgments, written)
     known = {**plan, **_photo_counts(written)}
@@ -94,8 +96,9 @@ def write_into(folder: Path, catalogue: Catalogue, out: Path, writing: Writing) 
         discard(folder)
         if existing.hash != manifest.hash:
             raise _other_shards(out, "tables or photos differ")
+        tidy(out)
         return existing
-    record["signature"] = _digest(done.signature for done in written)
+    record["signature"] = _digest(done.sizes for done in written)
     write_whole(folder / IMPORT, json.dumps(record, indent=1) + "\n")
     write_whole(folder / "manifest.json", manifest.to_json())
     publish(folder, out)
@@ -185,20 +188,30 @@ def _is_the_same(out: Path, record: Mapping[str, Any], catalogue: Catalogue, wri
     same. That would download all photos again, so then another record is a ValueError."""
     there = read_record(out)
     if there.get("fingerprint") == record["fingerprint"]:
-        return there.get("signature") == _digest(map(writer.signature, range(writer.shards)))
+        shards, imported = writer.shards, (out / IMPORT).stat().st_mtime_ns
+        unchanged = all(writer.newest(number) <= imported for number in range(shards))
+        return unchanged and there.get("signature") == _digest(map(writer.sizes, range(shards)))
     if there and catalogue.by_url:
-        raise _other_shards(out, f"different are {differences(there, record)}")
+        raise _other_shards(out, f"different are {differences(there, record) or 'files of photos'}")
     return False
 
 
-def _take_over(folder: Path, record: Mapping[str, Any], shards: int) -> None:
-    """Keeps the shards that an import of the same data finished before it was stopped, and nothing else."""
+def _take_over(folder: Path, record: Mapping[str, Any], shards: int, by_url: bool) -> None:
+    """Keeps the shards that an import of the same data finished before it was stopped, and nothing else.
+
+    Raises ValueError where that would throw downloads away.
+    """
     there = read_record(folder)
     kept = set[str]()
     if there.get("fingerprint") == record["fingerprint"]:
         finished = [done for number in range(shards) if (done := Done.read(folder, number))]
         kept = {name for done in finished for name in (done.shard.name, done.record)}
         print(f"going on with {len(finished)} of {shards} shards that were finished before", file=sys.stderr)
+    elif by_url and (finished_before := len(list(folder.glob(f"*{DONE}")))):
+        raise ValueError(
+            f"{folder} keeps {finished_before} shards with downloaded photos of another import (different are "
+            f"{differences(there, record)}): delete the folder or choose another OUT"
+        )
     elif there:
         print(
             f"starting afresh: since the import that was stopped, {differences(there, record)} changed", file=sys.stderr
@@ -209,12 +222,17 @@ def _take_over(folder: Path, record: Mapping[str, Any], shards: int) -> None:
     write_whole(folder / IMPORT, json.dumps(record, indent=1) + "\n")
 
 
-def _written(writer: ShardWriter, products: int, jobs: Jobs) -> Iterator[Done]:
+def _written(writer: ShardWriter, products: int, writing: Writing) -> Iterator[Done]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("products", total=products)
-        for done in run_map(writer, range(writer.shards), jobs):
+        named, reasons = 0, Counter[str]()
+        for done in run_map(writer, range(writer.shards), writing.jobs):
             progress.advance(task, done.shard.products)
+            named += int(done.photo.sum()) + len(done.failed)
+            reasons.update(photo.reason for photo in done.failed if photo.web)
+            if reasons.total() > max(ENOUGH, HOPELESS * writing.photos.max_failed * named):
+                raise _too_many(reasons, named, writing.photos.max_failed, "This cannot end well, so it stops here")
             yield done
 
 
@@ -223,11 +241,16 @@ def _check_failed(written: list[Done], limit: float, folder: Path) -> None:
     named = sum(int(done.photo.sum()) + len(done.failed) for done in written)
     reasons = Counter(failed.reason for done in written for failed in done.failed if failed.web)
     if reasons.total() > limit * named:
-        told = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
-        raise ValueError(
-            f"{reasons.total():,} of {named:,} photos could not be downloaded: {told}. At most {limit:.1%} may "
-            f"(photos.max_failed). {folder} keeps the others: the same command tries again what failed for the moment"
-        )
+        kept = f"{folder} keeps the others: the same command tries again what failed for the moment"
+        raise _too_many(reasons, named, limit, kept)
+
+
+def _too_many(reasons: Counter[str], named: int, limit: float, what_now: str) -> ValueError:
+    told = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
+    return ValueError(
+        f"{reasons.total():,} of {named:,} photos could not be downloaded: {told}. At most {limit:.1%} may "
+        f"(photos.max_failed). {what_now}"
+    )
 
 
 def _photo_counts(written: list[Done]) -> dict[str, int]:

@@ -18,6 +18,7 @@ Content = bytes | memoryview  # a photo within a larger read need not be copied 
 # Pillow knows some forty formats, one of which starts Ghostscript: only those that shops use are decoded.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 64_000_000  # of the file as stored, from its header: 64 million pixels are 192 MB decoded
+Image.MAX_IMAGE_PIXELS = None  # Pillow would warn the user of what MAX_PIXELS refuses, and is counted
 ORIENTATION = 0x0112
 QUALITY = 80  # of a thumbnail, unless the caller says another
 JPEG, MARKER, SCAN, APP1 = b"\xff\xd8\xff", 0xFF, 0xDA, 0xE1
@@ -136,8 +137,6 @@ def _opened(content: Content, product_id: str) -> Iterator[Image.Image]:
         raise
     except UnidentifiedImageError as error:
         raise PhotoError("not a photo", product_id, f"{len(content)} bytes, not one of {', '.join(FORMATS)}") from error
-    except Image.DecompressionBombError as error:
-        raise PhotoError("too large", product_id, str(error)) from error
     except Exception as error:  # Pillow's decoders raise anything from SyntaxError to struct.error on damaged files
         raise PhotoError("damaged", product_id, f"{type(error).__name__}: {error}") from error
 

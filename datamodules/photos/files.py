@@ -10,8 +10,9 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from PIL import Image
 
-from datamodules.photos.decode import FORMATS, decode_photo, thumbnail
+from datamodules.photos.decode import FORMATS, PhotoError, decode_photo, thumbnail
 from datamodules.photos.download import Downloads, Failure, PhotoOptions, shared
+from datamodules.photos.options import ABSENT, TOO_LARGE
 from datamodules.photos.tar import TarPhotos
 
 __all__ = ["Failure", "Photo", "PhotoOptions", "Photos", "photos_of", "prepared", "shared", "web_photos"]
@@ -34,8 +35,17 @@ class Photos(Protocol):
     def get(self, names: Sequence[str]) -> list[bytes | Failure]:
         """In the order of `names`, none of which is blank. Raises ValueError for a name that leaves the folder."""
 
-    def signature(self, names: Sequence[str]) -> str:
-        """Changes when what `get` returns may: by size and time of the files; URLs count by their names alone."""
+    def signature(self, names: Sequence[str], times: bool = True) -> str:
+        """Changes when what `get` returns may: by size and time of the files; URLs count by their names alone.
+
+        Without `times` by the sizes alone, so that it is the same for a copy.
+        """
+
+    def newest(self, names: Sequence[str]) -> int:
+        """When the last of the files changed, nanoseconds since 1970; 0 without files."""
+
+    def place(self, name: str) -> str:
+        """Where a file of this name is looked for."""
 
 
 def photos_of(folder: Path, options: PhotoOptions) -> Photos | None:
@@ -75,18 +85,23 @@ def _header(content: bytes, product_id: str) -> tuple[str, int]:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             name = (image.format or "").lower()
             return "jpg" if name in ("jpeg", "mpo") else name, max(image.size)
-    except Exception:
-        decode_photo(content, (1, 1), product_id)  # says what is wrong, as a PhotoError
-        raise
+    except Exception as error:
+        decode_photo(content, (1, 1), product_id)  # mostly says what is wrong, as a PhotoError
+        # a JPEG whose header only the fast decoder forgives
+        raise PhotoError("damaged", product_id, f"{type(error).__name__}: {error}") from error
 
 
 @runtime_checkable
 class Files(Protocol):
     """Where photos lie that are no URLs; names are relative to it, as `_relative` gives them."""
 
-    def read(self, name: str) -> bytes | None: ...
+    def read(self, name: str, most: int) -> bytes | Failure:
+        """At most so many bytes: a larger file is a Failure and not read."""
 
-    def stamp(self, name: str) -> str: ...
+    def stamp(self, name: str) -> tuple[int, int] | None:
+        """Size and time of change, nanoseconds; None for a file that is not there."""
+
+    def place(self, name: str) -> str: ...
 
 
 class NamedPhotos:
@@ -94,6 +109,7 @@ class NamedPhotos:
 
     def __init__(self, files: Files | None, options: PhotoOptions, prefix: str = "") -> None:
         self._files, self._web, self._prefix = files, Downloads(options), prefix
+        self._most = int(options.max_mib * 2**20)
 
     def get(self, names: Sequence[str]) -> list[bytes | Failure]:
         paths = self._paths(names)
@@ -101,20 +117,27 @@ class NamedPhotos:
         downloaded = dict(zip(urls, self._web.get(urls), strict=True))
         return [self._read(paths[name]) if name in paths else downloaded[name] for name in names]
 
-    def signature(self, names: Sequence[str]) -> str:
+    def signature(self, names: Sequence[str], times: bool = True) -> str:
         paths, digest = self._paths(names), blake2b(digest_size=16)
         for name in names:
-            stamp = self._files.stamp(paths[name]) if self._files and name in paths else ""
-            digest.update(f"{name}\0{stamp}\0".encode())
+            stamp = self._files.stamp(paths[name]) if self._files and name in paths else None
+            told = " ".join(map(str, stamp[: 1 + times])) if stamp else ""
+            digest.update(f"{name}\0{told}\0".encode())
         return digest.hexdigest()
+
+    def newest(self, names: Sequence[str]) -> int:
+        stamps = [self._files.stamp(path) for path in self._paths(names).values()] if self._files else []
+        return max((stamp[1] for stamp in stamps if stamp), default=0)
+
+    def place(self, name: str) -> str:
+        return self._files.place(self._relative(name)) if self._files else "nowhere, as there is no folder of photos"
 
     def _paths(self, names: Sequence[str]) -> dict[str, str]:
         """Where in `files` the photos are that have no URL."""
-        return {name: self._relative(name) for name in names if not _is_url(name)}
+        return {name: self._relative(name) for name in names if not is_web(name)}
 
     def _read(self, path: str) -> bytes | Failure:
-        content = self._files.read(path) if self._files else None
-        return Failure("no such file", False) if content is None else content
+        return self._files.read(path, self._most) if self._files else ABSENT
 
     def _relative(self, name: str) -> str:
         path = PurePosixPath(name)
@@ -123,8 +146,9 @@ class NamedPhotos:
         return str(path).removeprefix(self._prefix)
 
 
-def _is_url(name: str) -> bool:
-    """Raises ValueError for a file:// address: a table does not decide which files of this machine are read."""
+def is_web(name: str) -> bool:
+    """Whether a name is an address. Raises ValueError for a file:// address: a table does not decide which files of
+    this machine are read."""
     found = ADDRESS.match(name)
     if found and found[0].lower().startswith("file:"):
         raise ValueError(f"the photo {name!r} is a file on this machine; name it relative to the folder of photos")
@@ -137,17 +161,19 @@ class LoosePhotos:
     def __init__(self, folder: Path) -> None:
         self.folder = os.path.realpath(folder)
 
-    def read(self, name: str) -> bytes | None:
-        path = self._path(name)
-        return path.read_bytes() if path else None
-
-    def stamp(self, name: str) -> str:
-        """Size and time of change; "" for a file that is not there."""
+    def read(self, name: str, most: int) -> bytes | Failure:
         path = self._path(name)
         if path is None:
-            return ""
-        status = path.stat()
-        return f"{status.st_size} {status.st_mtime_ns}"
+            return ABSENT
+        return path.read_bytes() if path.stat().st_size <= most else TOO_LARGE
+
+    def stamp(self, name: str) -> tuple[int, int] | None:
+        path = self._path(name)
+        status = path.stat() if path else None
+        return (status.st_size, status.st_mtime_ns) if status else None
+
+    def place(self, name: str) -> str:
+        return os.path.join(self.folder, name)
 
     def _path(self, name: str) -> Path | None:
         path = os.path.realpath(os.path.join(self.folder, name))

@@ -11,6 +11,9 @@ class Failure(NamedTuple):
     transient: bool
 
 
+ABSENT, TOO_LARGE = Failure("no such file", False), Failure("too large", False)
+
+
 @dataclass(frozen=True)
 class PhotoOptions:
     """How photos are stored and downloaded. Raises ValueError where a number makes no sense.
@@ -23,7 +26,7 @@ class PhotoOptions:
         timeout: seconds without a connection or without a byte after which an attempt is given up. A photo may take ten
             times as long in all; a server that answers 429 is left alone for as long as it asks, up to three times.
         retries: further attempts after one that failed for the moment (timeout, no connection, HTTP 429 or 5xx).
-        max_mib: the greatest download, MiB.
+        max_mib: the greatest photo, MiB; a larger one is missing.
         max_failed: the fraction of the photos named that may fail to download.
         user_agent: how downloads introduce themselves.
     """

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 
+from datamodules.photos.options import ABSENT, TOO_LARGE, Failure
 from datamodules.stream.files import OpenFile
 
 ESCAPED = re.compile("[\ud800-\udfff]")  # how tarfile shows bytes that are no UTF-8: no table can name those
@@ -37,16 +38,20 @@ class TarPhotos:
     def __setstate__(self, state: tuple[Path, Path]) -> None:
         self._open(*state)
 
-    def read(self, name: str) -> bytes | None:
+    def read(self, name: str, most: int) -> bytes | Failure:
         row = bisect_left(self._names, name, key=lambda scalar: scalar.as_py())
         if row == len(self._names) or self._names[row].as_py() != name:
-            return None
-        return self._file.read(size=self._sizes[row].as_py(), offset=self._offsets[row].as_py())
+            return ABSENT
+        size = self._sizes[row].as_py()
+        return self._file.read(size=size, offset=self._offsets[row].as_py()) if size <= most else TOO_LARGE
 
-    def stamp(self, name: str) -> str:
-        """Size and time of change of the tar."""
+    def stamp(self, name: str) -> tuple[int, int] | None:
+        """Of the tar, whichever file is asked for."""
         status = self._path.stat()
-        return f"{status.st_size} {status.st_mtime_ns}"
+        return status.st_size, status.st_mtime_ns
+
+    def place(self, name: str) -> str:
+        return f"{self._path}, as {name}"
 
     def _open(self, path: Path, index: Path) -> None:
         self._path, self._index, self._file = path, index, OpenFile(path)

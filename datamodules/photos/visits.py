@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from typing import TypedDict
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 from yarl import URL
@@ -28,6 +30,11 @@ class _AttemptError(Exception):
     def __init__(self, reason: str, transient: bool = False) -> None:
         super().__init__(reason)
         self.failure = Failure(reason, transient)
+
+
+class _Way(TypedDict, total=False):
+    proxy: URL
+    proxy_auth: aiohttp.BasicAuth | None
 
 
 class _Host:
@@ -53,6 +60,7 @@ class Visits:
 
     def __init__(self, session: aiohttp.ClientSession, options: PhotoOptions) -> None:
         self._session, self._options = session, options
+        self._proxies = {scheme: URL(proxy) for scheme, proxy in getproxies().items() if scheme in ("http", "https")}
         self._turns, self._hosts = asyncio.Semaphore(options.connections), dict[str, _Host]()
 
     @classmethod
@@ -63,7 +71,6 @@ class Visits:
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={**HEADERS, "User-Agent": options.user_agent},
             timeout=aiohttp.ClientTimeout(total=LONGEST_PHOTO * silence, sock_connect=silence, sock_read=silence),
-            trust_env=True,  # proxies
         )
         return cls(session, options)
 
@@ -112,7 +119,8 @@ class Visits:
     async def _ask(self, address: URL) -> bytes | URL:
         """The photo, or the address where it is said to be."""
         host = self._hosts.setdefault(address.host or "", _Host(self._options.per_host))
-        async with host.turn(), self._turns, self._session.get(address, allow_redirects=False) as response:
+        way = self._by(address)
+        async with host.turn(), self._turns, self._session.get(address, allow_redirects=False, **way) as response:
             if response.status in REDIRECTS and "Location" in response.headers:
                 return URL(response.headers["Location"])
             if response.status == 429:
@@ -121,6 +129,14 @@ class Visits:
             if not 200 <= response.status < 300:
                 raise _AttemptError(f"HTTP {response.status}", response.status in PASSING or response.status >= 500)
             return await self._content(response)
+
+    def _by(self, address: URL) -> _Way:
+        """The proxy that the environment names; aiohttp's trust_env would send the passwords of ~/.netrc as well."""
+        proxy = self._proxies.get(address.scheme)
+        if proxy is None or proxy_bypass(address.host or ""):
+            return {}
+        login = aiohttp.BasicAuth(proxy.user, proxy.password or "") if proxy.user else None
+        return {"proxy": proxy.with_user(None), "proxy_auth": login}
 
     async def _content(self, response: aiohttp.ClientResponse) -> bytes:
         limit, content = int(self._options.max_mib * 2**20), bytearray()

@@ -82,10 +82,9 @@ class Address:
 
     def clean(self, text: str) -> str:
         """What others say, without what must not be shown."""
-        text = URL.sub(lambda match: without_secrets(match[0]), text)
-        for secret in sorted(self._secrets(), key=len, reverse=True):
+        for secret in sorted(self._secrets(), key=len, reverse=True):  # first: a URL may end within a secret
             text = text.replace(secret, "***")
-        return text
+        return URL.sub(lambda match: without_secrets(match[0]), text)
 
     def _secrets(self) -> set[str]:
         parts = urlsplit(self.raw)

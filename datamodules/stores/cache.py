@@ -70,7 +70,7 @@ class Cache:
         path, size = self.folder / name, self.files[name].bytes
         try:
             found = path.stat().st_size
-            with suppress(PermissionError):  # someone else's cache, that we only read
+            with suppress(OSError):  # someone else's cache, or a mount that is only read
                 os.utime(path)
         except FileNotFoundError:
             return False

@@ -19,13 +19,19 @@ SAID = 500  # bytes of stderr that an error shows
 SECRET = re.compile(r"(?i)(?:auth\w*|bearer|basic|token|secret|password|passwd|key|user|^-u)(?:$|[\s=:]+(.*))")
 
 
+def piped(address: str) -> str:
+    """What of it may be shown: the first word, unless that is a variable (TOKEN=... tool), as all may hold secrets."""
+    first = (address.removeprefix("pipe:").split() or [""])[0]
+    return f"pipe:{first} ..." if re.fullmatch(r"[\w./+-]*", first) else "pipe:..."
+
+
 class Pipe:
     """Runs the command by `sh -c` for each file, the quoted name in place of {name}; its output is the file."""
 
     def __init__(self, address: str) -> None:
         """Raises ValueError when the command does not say where the name belongs."""
         self._command = address.removeprefix("pipe:")
-        self.shown = f"pipe:{(self._command.split() or [''])[0]} ..."  # the rest may hold secrets
+        self.shown = piped(address)
         if "{name}" not in self._command:
             raise ValueError(
                 f"{self.shown} has no {{name}}; expected a command such as pipe:my-tool cat folder/{{name}}"
@@ -91,7 +97,9 @@ def _take(process: subprocess.Popen[bytes], part: BinaryIO, size: int | None) ->
     """Writes the command's output into `part` until it ends; returns why it was not waited for, if so."""
     assert process.stdout is not None
     with process.stdout as output:
-        while select.select([output], [], [], SILENCE)[0]:
+        ready = select.poll()  # select() knows no descriptor from 1024 on
+        ready.register(output, select.POLLIN)
+        while ready.poll(SILENCE * 1000):
             content = os.read(output.fileno(), CHUNK)
             part.write(content)
             if size is not None and part.tell() > size:

@@ -14,9 +14,9 @@ from typing import Protocol, runtime_checkable
 from fsspec.implementations.local import LocalFileSystem
 
 from datamodules.manifest import Manifest, read_manifest
-from datamodules.stores.address import Address
+from datamodules.stores.address import Address, without_secrets
 from datamodules.stores.cache import GIB, Cache, Kept
-from datamodules.stores.pipe import Pipe
+from datamodules.stores.pipe import Pipe, piped
 from datamodules.stores.transfer import Files, ShardError, Source
 from datamodules.stream.files import OpenFile
 
@@ -146,6 +146,13 @@ def open_store(
     return RemoteStore(source, manifest, _root(cache, found.shown), cache_gib)
 
 
+def shown(address: str) -> str:
+    """What may be shown of it: that of its store, before there is one."""
+    if address.startswith("pipe:"):
+        return piped(address)
+    return without_secrets(address).rstrip("/") if "://" in address else address
+
+
 def _piped(address: str, cache: Path | None, cache_gib: float | None, allow_pipe: bool) -> RemoteStore:
     source = Pipe(address)
     if not allow_pipe:
@@ -210,6 +217,3 @@ def read_tables(store: Store) -> dict[str, Path]:
         return {name: store.path(name) for name in store.manifest.tables}
     except ShardError as error:
         raise ValueError(str(error)) from None
-
-
-__all__ = ["LocalStore", "RemoteStore", "ShardError", "Store", "open_file", "open_store", "read_tables"]

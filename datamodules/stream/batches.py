@@ -117,7 +117,8 @@ class Reader:
         return " ".join(texts[name] for name in self.look.text_fields if texts.get(name))
 
     def _room(self, count: int) -> UInt8[np.ndarray, "product 3 height width"]:
-        return np.empty((count, 3, *self.look.image_size), np.uint8)
+        shape = (count, 3, *self.look.image_size)
+        return np.empty(shape, np.uint8) if self.look.image else np.zeros(shape, np.uint8)  # takes no memory unwritten
 
     def _read(
         self,
@@ -133,7 +134,8 @@ class Reader:
                 read.append(self._shown(id, pixels, failed))
             except ShardError as error:
                 failed.append(self.shards.failed(id, error.reason))
-                pixels[:] = 0
+                if self.look.image:
+                    pixels[:] = 0
                 read.append(None)
         return read
 
@@ -144,7 +146,7 @@ class Reader:
         if cached is not None:
             pixels[:] = cached
         present = cached is not None or (sample.photo is not None and self._decoded(sample, pixels, failed))
-        if not present:
+        if self.look.image and not present:
             pixels[:] = 0
         return Shown(sample._replace(photo=None), present)
 

@@ -2,7 +2,6 @@
 
 import mmap
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -14,14 +13,14 @@ from datamodules.stream.batches import Reader, Request
 from datamodules.stream.failures import Failed
 from mmfusion.batch import TupleBatch
 
-# Two batches asked for ahead (DataLoader's prefetch_factor), one in Lightning's fetcher, one that trains, a spare.
-BLOCKS = 5
+BLOCKS = 4  # two batches asked for ahead (DataLoader's prefetch_factor), one that is given out, one that trains
 
 
 class PhotoBlocks:
     """Photos of `count` batches. A block is free again when nobody holds the tensor that it was given out as.
 
     The memory is shared with forked workers: photos need neither pickling, nor /dev/shm, nor a copy of the whole batch.
+    It is kept: `count` times a batch of uint8 pixels.
     A process that is not forked has no part in it: whoever unpickles the blocks has none.
     """
 
@@ -39,6 +38,11 @@ class PhotoBlocks:
 
     def reset(self) -> None:
         """Takes back what was asked for and never given out: by an iteration that was broken off."""
+        self._asked.clear()
+
+    def leave(self) -> None:
+        """What was asked for stays out of use, as workers that are left to themselves may still write there."""
+        self._held |= self._asked
         self._asked.clear()
 
     def take(self) -> int | None:
@@ -60,12 +64,9 @@ class PhotoBlocks:
         return torch.from_numpy(view)
 
 
-def into_blocks(reader: Reader, blocks: PhotoBlocks) -> Callable[[Request], tuple[TupleBatch, list[Failed]]]:
+class IntoBlocks:
     """What a worker does with a request: the photos go into the block, the rest of the batch is sent."""
-    return _IntoBlocks(reader, blocks)
 
-
-class _IntoBlocks:
     def __init__(self, reader: Reader, blocks: PhotoBlocks) -> None:
         self._reader, self._blocks = reader, blocks
 

@@ -20,6 +20,12 @@ class Failed(NamedTuple):
     product_id: str
 
 
+class TooManyFailuresError(ValueError):
+    """More than the limit, on one rank: the others do not hear of it, so that it has to be told there."""
+
+    one_rank = True
+
+
 class Failures:
     """Counts what failed in one pass over some products.
 
@@ -39,22 +45,26 @@ class Failures:
             self.reasons[one.reason] += 1
             self.shards[one.shard] += 1
             self.example = self.example or one.product_id
-        self.check()
+        if self._over():
+            raise TooManyFailuresError(self._too_many())
 
     def merge(self, others: "Iterable[Failures]") -> None:
-        """Adds what other ranks counted in the same pass."""
+        """Adds what other ranks counted in the same pass. Raises the same on every rank that merges the same."""
         for other in others:
             self.reasons += other.reasons
             self.shards += other.shards
             self.example = self.example or other.example
-        self.check()
+        if self._over():
+            raise ValueError(self._too_many())
 
-    def check(self) -> None:
-        if self.reasons.total() > self.limit * self.products:
-            raise ValueError(
-                f"{self}. That is over the limit data.max_broken={self.limit}: copy or import these shards again, "
-                "or raise the limit to go on without"
-            )
+    def _over(self) -> bool:
+        return self.reasons.total() > self.limit * self.products
+
+    def _too_many(self) -> str:
+        return (
+            f"{self}. That is over the limit data.max_broken={self.limit}: copy or import these shards again, "
+            "or raise the limit to go on without"
+        )
 
     def counts(self) -> dict[str, int]:
         """For each of REASONS, in their order, how many."""

@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Bool, Int64
 from torch.utils.data import DataLoader
 
+from datamodules.outcomes import result
 from datamodules.plan import Plan, Slots, draws
 from datamodules.stream.batches import Reader, Request, joined
-from datamodules.stream.blocks import BLOCKS, PhotoBlocks, into_blocks
+from datamodules.stream.blocks import BLOCKS, IntoBlocks, PhotoBlocks
 from datamodules.stream.failures import Failed, Failures
 from datamodules.stream.lookahead import looking_ahead
 from datamodules.stream.workers import FORKS, reading
@@ -57,6 +58,7 @@ class TupleLoader:
 
     An iteration begins at `progress()` = (epoch, steps of it already done), asked when its first batch is. With a
     trainer that is the trainer's own count, which it restores by itself: steps done, not batches fetched ahead.
+    There is one iteration at a time: another one ends it.
     """
 
     def __init__(
@@ -72,11 +74,12 @@ class TupleLoader:
         max_broken: float = 0.01,
     ) -> None:
         self.plan, self.progress, self.max_broken = plan, progress, max_broken
-        rows = len(plan.batch(0, 0, rank, ranks))
+        rows = plan.size // ranks
         workers = min(workers, rows)
-        self._blocks = PhotoBlocks(BLOCKS if FORKS or not workers else 0, (rows, 3, *reader.look.image_size))
+        shared = reader.look.image and (FORKS or not workers)
+        self._blocks = PhotoBlocks(BLOCKS if shared else 0, (rows, 3, *reader.look.image_size))
         self._shares = _Shares(plan, slots, rank, ranks, max(workers, 1), self._blocks)
-        self._reading = partial(reading, into_blocks(reader, self._blocks), self._shares, workers, persistent=True)
+        self._reading = partial(reading, IntoBlocks(reader, self._blocks), self._shares, workers, persistent=True)
         self._open: DataLoader[Any] | None = None
         self._tars, self._shard = reader.shards.tars, reader.shards.index.shard
         self.failures = self._counting()
@@ -85,7 +88,8 @@ class TupleLoader:
         return self.plan.steps
 
     def _counting(self) -> Failures:
-        what, products = f"epoch {self._shares.epoch}", self.plan.steps * self.plan.size
+        since = f" from step {self._shares.step}" if self._shares.step else ""
+        what, products = f"epoch {self._shares.epoch}{since}", self.plan.steps * self.plan.size
         return Failures(what, products, self.max_broken, instead="replaced by other products")
 
     def __iter__(self) -> Iterator[TupleBatch]:
@@ -97,20 +101,17 @@ class TupleLoader:
         with looking_ahead(self._tars, needed, self._shares.step, len(self)) as at:
             for step in range(self._shares.step, len(self)):
                 at(step)
-                read = [next(shares) for _ in range(self._shares.shares)]
+                read = [result(next(shares)) for _ in range(self._shares.shares)]
                 for _, failed in read:
                     failures.add(failed)
-                if step + 1 == len(self):  # now: Lightning does not ask for more than len(self) batches
-                    failures.warn()
                 block = self._shares.asked.popleft()
-                photo = None if block is None else self._blocks.give(block)
-                read, parts = [], [batch for batch, _ in read]
-                # Nothing here may hold on to what is given out, or its block would be free one batch later.
-                yield joined(parts, photo)
+                # Nothing here holds on to what is given out: its block would be free one batch later.
+                yield joined([batch for batch, _ in read], None if block is None else self._blocks.give(block))
 
     def close(self) -> None:
         """Ends the workers, which otherwise wait for the next epoch."""
         self._open = None
+        self._blocks.leave()
 
     def state_dict(self) -> dict[str, int]:
         """The same on every rank, as Lightning saves only rank 0's."""
@@ -178,21 +179,24 @@ class CorpusLoader:
         self.reader, self.seed, self.workers, self.max_broken = reader, seed, workers, max_broken
         self.products = int(share.valid.sum()) if products is None else products
         self.parts = share.parts(batch_size)
+        self.failures = self._counting()
 
     def __len__(self) -> int:
         return len(self.parts)
 
+    def _counting(self) -> Failures:
+        return Failures("corpus", self.products, self.max_broken, instead="taken without text and photo")
+
     def __iter__(self) -> Iterator[ProductBatch]:
-        failures = Failures("corpus", self.products, self.max_broken, instead="taken without text and photo")
+        self.failures = failures = self._counting()
         read = iter(reading(self._read, self.parts, self.workers, persistent=False))
         with looking_ahead(self.reader.shards.tars, self._shards_of, 0, len(self)) as at:
             for number in range(len(self)):
                 at(number)
-                batch, failed = next(read)
+                batch, failed = result(next(read))
                 failures.add(failed)
                 if number + 1 == len(self):
                     next(read, None)  # its end lets the workers go; Lightning does not ask for it
-                    failures.warn()
                 yield batch
 
     def _read(self, part: Share) -> tuple[ProductBatch, list[Failed]]:

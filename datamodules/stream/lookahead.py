@@ -11,8 +11,7 @@ STEPS = 32  # how far ahead: at .1 s a step, the seconds that a shard of some hu
 
 # A worker that is forked while a thread downloads would inherit whatever locks that thread holds, for ever.
 _fetching = threading.Lock()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_fetching.acquire, after_in_parent=_fetching.release, after_in_child=_fetching.release)
+os.register_at_fork(before=_fetching.acquire, after_in_parent=_fetching.release, after_in_child=_fetching.release)
 
 
 class LookAhead:

@@ -11,6 +11,7 @@ from jaxtyping import Int64
 from datamodules.photos.decode import PhotoError, thumbnail
 from datamodules.plan import draws
 from datamodules.shards import ShardError, Shards
+from datamodules.stores.store import shown
 from datamodules.stream.batches import Look, Reader
 from datamodules.stream.failures import Failed, Failures
 from datamodules.stream.loaders import EVALUATION
@@ -26,12 +27,14 @@ class ShardsData:
     shards: Shards
     reader: Reader
     look: Look
+    path: str
     seed: int
     _texts: dict[str, np.ndarray]  # by field
 
     @property
     def address(self) -> str:
-        return self.shards.store.address
+        """Where the shards lie, without user, password, query string or keys."""
+        return shown(self.path)
 
     def products(self, ids: Int64[np.ndarray, "product"]) -> ProductBatch:
         """Any products, as evaluation sees them."""

@@ -2,13 +2,16 @@
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import suppress
 from time import monotonic
 from typing import Any
 
-from datamodules.stores.store import LocalStore, ShardError, Store, open_file
+from datamodules.stores.store import LocalStore, Store, open_file
+from datamodules.stores.transfer import ShardError
 from datamodules.stream.files import OpenFile
 
-OPEN_FILES = 64  # per process; a catalogue of 10 M products has more shards than a process may open files
+# Per process, more than the default streams read from at once; 10 M products have more shards than it may open files.
+OPEN_FILES = 128
 PATIENCE = 60.0  # s before a shard that could not be had is asked for again: each time takes the store's several tries
 
 
@@ -48,6 +51,8 @@ class Tars:
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """`size` bytes of a tar from `offset` on. Raises ShardError when the tar cannot be had or is shorter."""
         file = self._files.get(shard) or self._open(shard)
+        with suppress(KeyError):  # another thread pushed it out
+            self._files.move_to_end(shard)
         # A thread that still reads from a file that another one pushes out keeps it open by its reference.
         try:
             content = file.read(size, offset)

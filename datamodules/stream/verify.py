@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from datamodules.shards import Shards
+from datamodules.stores.transfer import ShardError
 from datamodules.stream.failures import worst
 
 Value = TypeVar("Value")
@@ -26,7 +27,8 @@ def gathered(own: Value, ranks: int) -> list[Value]:
 def find_unusable(shards: Shards, rank: int, ranks: int, verify: bool) -> dict[int, str]:
     """Shards that are wrong on any rank, with one of failures.REASONS; with several ranks, all call this at once.
 
-    With `verify`, local shards are hashed, by each rank its part. Remote ones are hashed when they are fetched.
+    With `verify`, local shards are hashed, by each rank its part of those that it sees: where machines have a copy
+    each, of every copy only the parts of that machine's ranks. Remote ones are hashed when they are fetched.
     """
     own = dict(shards.tars.unusable)
     if verify and shards.tars.local:
@@ -67,6 +69,9 @@ def _hashed(shards: Shards, rank: int, ranks: int) -> dict[int, str]:
         for number in numbers:
             try:
                 digest = _digest(shards, number, progress)
+            except ShardError:  # it was deleted meanwhile
+                wrong[number] = "missing shard"
+                continue
             except OSError:
                 wrong[number] = "unreachable"
                 continue

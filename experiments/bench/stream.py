@@ -121,7 +121,8 @@ def make(folder: Path, photos: int, side: int) -> None:
     judged = ((f"q{n % len(queries)}", f"p{n}", "E") for n in range(photos))
     write_rows(folder / "catalogue" / "judgments.csv", ("query_id", "product_id", "label"), judged)
     importer = [Path(sys.executable).with_name("mmfusion"), "data", "--from=catalogue"]
-    subprocess.run([*importer, f"--src={folder / 'catalogue'}", f"--out={folder / 'shards'}"], check=True)
+    folders = [f"--src={folder / 'catalogue'}", f"--out={folder / 'shards'}"]
+    subprocess.run([*importer, *folders, "--val_fraction=0"], check=True)
     write_theirs(folder, photos)
 
 

@@ -20,5 +20,4 @@ def column(stream: Stream, name: str) -> list[Any]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """The files of shards, without the notes of how they came about."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "import.json"}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}

@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from io import BytesIO
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -359,3 +360,21 @@ def test_a_program_ends_in_peace_whatever_is_still_awaited(web: Web, program: st
     command = [sys.executable, "-X", "dev", "-c", program, *urls]
     done = subprocess.run(command, capture_output=True, text=True, timeout=15, check=True)
     assert (done.stdout, done.stderr) == (f"{len(PHOTO)}\n", "")
+
+
+@pytest.mark.parametrize("by_proxy", [False, True])
+def test_passwords_of_netrc_stay_here(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_proxy: bool
+) -> None:
+    """A table decides whom we ask: the logins of this machine's user are no business of theirs."""
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret\ndefault login me password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    if by_proxy:
+        monkeypatch.setenv("no_proxy", "")
+        monkeypatch.setenv("http_proxy", web.url(""))
+    url = web.add("/p.jpg", page(PHOTO))
+    web.pages[url] = web.pages["/p.jpg"]  # what a proxy is asked for
+    assert download([url], OPTIONS) == [PHOTO]
+    assert web.requests.total() == 1
+    for headers in web.headers.values():
+        assert not {"Authorization", "Proxy-Authorization"} & set(headers)

@@ -1,14 +1,17 @@
 """What failed is counted, limited, told of, and logged the same on every number of ranks."""
 
 import csv
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from datamodules.shards import Shards
-from datamodules.stream.failures import PHOTO_REASONS, REASONS, SAMPLE_REASONS, Failed, Failures
+from datamodules.stream.failures import PHOTO_REASONS, REASONS, SAMPLE_REASONS, Failed, Failures, TooManyFailuresError
+from datamodules.tuples import Stage, TupleDataModule
+from mmfusion.encoders import ScratchTextEncoder
 from mmfusion.loggers import AppendingCSVLogger
 from tests.datamodules.damage import overwrite
 from tests.ddp import run_ranks
@@ -87,16 +90,74 @@ def test_what_failed_is_in_the_metrics(shards: Path, tmp_path: Path) -> None:
     }
 
 
+def test_charts_go_back_to_zero(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = iter([0, 2, 0])
+    monkeypatch.setattr(TupleDataModule, "failures", lambda data, stage: {"not a photo": next(counts), "damaged": 0})
+    rows = fitted(shards, tmp_path)
+    assert [row["data/failed/not_a_photo"] for row in rows if row["data/failed/not_a_photo"]] == ["2.0", "0.0"]
+    assert "data/failed/damaged" not in rows[0]
+
+
+def _evaluate(rank: int, world: int, path: Path, folder: Path, max_broken: float) -> tuple[dict[str, float], list[str]]:
+    options: dict[str, Any] = {"devices": world, "strategy": "ddp" if world > 1 else "auto"}
+    data, module = small_data(path, max_broken=max_broken), small_module()
+    cast(ScratchTextEncoder, module.query.encoder).fit(["a shirt", "a hat"])
+    logged, said = dict[str, float](), list[str]()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for evaluate in ("validate", "test"):
+            trainer = small_trainer(folder, limit_val_batches=1.0, **options)
+            try:
+                getattr(trainer, evaluate)(module, data, verbose=False)
+            except ValueError as error:
+                said.append(str(error))
+            logged |= {name: value.item() for name, value in trainer.logged_metrics.items() if "/failed/" in name}
+    said += [str(one.message) for one in caught if "corpus: " in str(one.message)]
+    return logged, said
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_failed_in_evaluation_is_logged_and_told_once(shards: Path, tmp_path: Path, ranks: int) -> None:
+    spoil(shards)
+    (first, told), *others = run_ranks(_evaluate, ranks, shards, tmp_path, 0.1)
+    names = [f"{stage}/failed/{reason}" for stage in ("val", "test") for reason in ("wrong_member", "not_a_photo")]
+    assert first == dict.fromkeys(names, 1.0)
+    assert others == [(first, [])] * (ranks - 1)
+    assert [message.partition(" (")[0] for message in told] == ["corpus: 2 of 64 products failed"] * 2
+
+
+def test_ranks_stop_together_over_the_limit_in_evaluation(shards: Path, tmp_path: Path) -> None:
+    for id in (0, 1, 62, 63):  # two of each rank, which alone are not over 2.56
+        overwrite(shards, id, b"")
+    results = run_ranks(_evaluate, 2, shards, tmp_path, 0.04)
+    for _, said in results:
+        assert len(said) == 2
+        assert all(message.startswith("corpus: 4 of 64 products failed (4 wrong member)") for message in said)
+        assert all("over the limit data.max_broken=0.04" in message for message in said)
+
+
+def test_one_rank_over_the_limit_tells_so() -> None:
+    failures, other = Failures("epoch 0", 10, limit=0.1), Failures("epoch 0", 10, limit=0.1)
+    failures.add([Failed("truncated", "00001.tar", "a")])
+    other.merge([failures])
+    with pytest.raises(TooManyFailuresError) as alone:
+        failures.add([Failed("truncated", "00001.tar", "b")])
+    with pytest.raises(ValueError, match="3 of 10") as together:
+        other.merge([failures])
+    assert alone.value.one_rank
+    assert not hasattr(together.value, "one_rank")
+
+
 def _fit(rank: int, world: int, path: Path, folder: Path, max_broken: float) -> tuple[list[dict[str, float]], str]:
     trainer = small_trainer(folder, logger=True, devices=world, strategy="ddp", steps=6, log_every_n_steps=3)
     said, data = [], small_data(path, max_broken=max_broken)
     counting = data.failures
 
-    def counted() -> dict[str, int]:
-        said.append(counting())
+    def counted(stage: Stage) -> dict[str, int]:
+        said.append(counting(stage))
         return said[-1]
 
-    data.failures = counted  # type: ignore[method-assign]
+    data.failures = counted  # type: ignore[method-assign, assignment]
     try:
         trainer.fit(small_module(), data)
     except ValueError as error:

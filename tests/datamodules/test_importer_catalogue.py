@@ -3,16 +3,19 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
 from datamodules.catalogue import read_catalogue
 from datamodules.importers.catalogue import OwnCatalogue
-from datamodules.importing.splits import in_val
+from datamodules.importing.splits import in_val, position
 from datamodules.importing.summary import histogram, print_summary
 from datamodules.manifest import SPLITS, Label
+from datamodules.photos.options import PhotoOptions
 from datamodules.shards import Shards
-from tests.datamodules.small import convert, small_catalogue
+from tests.datamodules.small import convert, small_catalogue, write_rows
 
 
 def test_summary_tells_what_was_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,7 +91,7 @@ def test_a_pair_that_is_judged_twice_is_an_error_or_counts_by_its_best(
         OwnCatalogue(src=str(folder), out=str(tmp_path / "twice")).run()
     capsys.readouterr()
     OwnCatalogue(src=str(folder), out=str(tmp_path / "twice"), repeated_pairs="best").run()
-    assert "judged more than once: 2 pairs" in capsys.readouterr().out
+    assert "judged more than once: 2 judgments left out" in capsys.readouterr().out
     was, now = (Shards.open(tmp_path / name).judgments("train") for name in ("once", "twice"))
     assert (was.query == now.query).all()
     assert (was.product == now.product).all()
@@ -114,3 +117,73 @@ def test_a_catalogue_without_val_gets_one_by_the_texts_of_its_train_queries(tmp_
     assert "val" not in convert(str(folder), str(tmp_path / "none"), val_fraction=0).splits
     with pytest.raises(ValueError, match="the fraction of val queries is 1"):
         convert(str(folder), str(tmp_path / "all"), val_fraction=1)
+
+
+def unsplit(folder: Path, queries: list[str]) -> None:
+    """All queries in train but the last two, which are test; judged on p0 and p1."""
+    splits = ["train"] * (len(queries) - 2) + ["test"] * 2
+    columns = {"query_id": range(len(queries)), "query": queries, "split": splits}
+    (folder / "queries.csv").unlink()
+    pq.write_table(pa.table({name: list(values) for name, values in columns.items()}), folder / "queries.parquet")
+    rows = [(str(row), f"p{product}", "E") for row in range(len(queries)) for product in (0, 1)]
+    write_rows(folder / "judgments.csv", ("query_id", "product_id", "label"), rows)
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.999])
+def test_a_few_queries_have_one_in_val_and_one_in_train_at_least(tmp_path: Path, fraction: float) -> None:
+    folder = small_catalogue(tmp_path / "small")
+    texts = [f"{number} cups" for number in range(10)]
+    unsplit(folder, texts)
+    manifest = convert(str(folder), str(tmp_path / "out"), val_fraction=fraction)
+    queries = Shards.open(tmp_path / "out").queries
+    at = [position(text, 0) for text in texts[:8]]
+    alone = texts[at.index(min(at) if fraction < 0.5 else max(at))]
+    expected = ["val" if (text == alone) == (fraction < 0.5) else "train" for text in texts[:8]]
+    assert list(queries.split) == [*expected, "test", "test"]
+    assert "at least one in val and in train" in manifest.source["val"]
+
+
+def test_the_only_text_that_can_be_trained_on_stays_in_train(tmp_path: Path) -> None:
+    folder = small_catalogue(tmp_path / "small")
+    unsplit(folder, ["a cup", "A  cup", "hat", "lamp"])
+    manifest = convert(str(folder), str(tmp_path / "out"), val_fraction=0.999)
+    assert list(manifest.splits) == ["train", "test"]
+    assert manifest.source["val"] == "none, as train queries have one text only"
+
+
+def test_queries_may_be_numbers(tmp_path: Path) -> None:
+    folder = small_catalogue(tmp_path / "small")
+    unsplit(folder, [4711, 4712, 4713, 4714])  # type: ignore[list-item]
+    manifest = convert(str(folder), str(tmp_path / "out"))
+    assert manifest.splits["val"].queries == 1
+    assert sorted(Shards.open(tmp_path / "out").queries.query) == ["4711", "4712", "4713", "4714"]
+
+
+def test_an_address_that_is_none_is_a_photo_that_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = small_catalogue(tmp_path / "small")
+    products = folder / "products.csv"
+    products.write_text(products.read_text().replace(",p9.png", ",http://[x/1.jpg"))
+    manifest = convert(str(folder), str(tmp_path / "out"))
+    assert (manifest.photos, manifest.missing_photos) == (55, 1)
+    assert "why: invalid address 1 (all in missing_photos.csv)" in capsys.readouterr().out
+
+
+def test_photos_of_another_folder_are_a_mistake_and_a_few_missing_ones_are_not(tmp_path: Path) -> None:
+    folder = small_catalogue(tmp_path / "small")
+    photos = sorted((folder / "images").iterdir())
+    for path in photos[1:]:
+        path.unlink()
+    assert convert(str(folder), str(tmp_path / "one")).missing_photos == 55
+    photos[0].rename(folder / "images" / "other.png")
+    expected = rf"products.csv, row 2 .*no photo 'p1.png', nor any other.* looked for at {folder}/images/p1.png\."
+    with pytest.raises(ValueError, match=expected):
+        convert(str(folder), str(tmp_path / "none"))
+
+
+def test_a_photo_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    for tar in (False, True):
+        folder = small_catalogue(tmp_path / f"small{tar}", tar=tar)
+        photos = PhotoOptions(max_mib=10 / 2**20)
+        manifest = convert(str(folder), str(tmp_path / f"out{tar}"), photos=photos)
+        assert (manifest.photos, manifest.missing_photos) == (0, 56)
+        assert "too large" in (tmp_path / f"out{tar}" / "missing_photos.csv").read_text()

@@ -19,6 +19,7 @@ from datamodules.importers.esci import Esci
 from datamodules.importers.html_text import _parsed, shown_text
 from datamodules.importing.splits import in_val
 from datamodules.photos.options import PhotoOptions
+from mmfusion import cli
 from tests.datamodules.small import write_rows
 from tests.datamodules.streams import column, content, rows
 from tests.datamodules.web import page, web_server
@@ -355,6 +356,9 @@ def test_photos_of_addresses_reach_the_shards(src: Path) -> None:
         options = PhotoOptions(max_side=16, retries=0, max_failed=0.5)
         manifest = esci(src, images=str(path), photos=options).run()
         assert dict(web.requests) == {"/images/I/0.jpg": 1, "/images/I/gone.jpg": 1}
+        command = ["--from=esci", f"--src={src}", f"--out={src.parent / 'by command'}", f"--images={path}"]
+        cli.data([*command, "--photos.max_side=16", "--photos.retries=0", "--photos.max_failed=0.5"])
+        assert content(src.parent / "by command") == content(src.parent / "out")
     assert (manifest.photos, manifest.missing_photos) == (1, 1)
     missing = (src.parent / "out" / "missing_photos.csv").read_text()
     assert "us:B2" in missing

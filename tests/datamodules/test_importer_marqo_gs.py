@@ -228,6 +228,12 @@ def test_through_to_shards(src: Path) -> None:
     assert content(src.parent / "again") == content(src.parent / "out")
 
 
+def test_queries_in_two_splits_are_let_through_by_design_or_as_asked_for(src: Path) -> None:
+    assert marqo(src).max_shared_queries == 0
+    assert marqo(src, evaluate="in_domain").max_shared_queries == 1
+    assert marqo(src, evaluate="in_domain", max_shared_queries=0.2).max_shared_queries == 0.2
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
 def test_entries_of_a_large_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """Whatever the length of what is read at once: json.load is the reference."""

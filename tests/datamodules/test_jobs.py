@@ -48,7 +48,7 @@ def test_our_own_error_comes_back_as_it_was_raised(tmp_path: Path) -> None:
     assert photos is not None
     with pytest.raises(ValueError, match="leads out of the folder of photos") as found:
         list(run_map(photos.signature, [["p1.png"], ["../p1.png"]], 2))
-    assert found.traceback[-1].path.name == "jobs.py"
+    assert found.traceback[-1].path.name == "outcomes.py"
     assert not multiprocessing.active_children()
 
 

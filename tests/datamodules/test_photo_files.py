@@ -327,3 +327,14 @@ def test_a_broken_photo_is_a_photo_error_with_and_without_resizing(reason: str, 
     with pytest.raises(PhotoError, match="photo of product 'p1'") as caught:
         prepared(BROKEN[reason], "p1", max_side, 90)
     assert caught.value.reason == reason
+
+
+def test_a_jpeg_that_only_the_fast_decoder_opens_is_damaged() -> None:
+    """Its JFIF segment ends before the version: Pillow cannot say how large it is."""
+    content = io.BytesIO()
+    Image.new("RGB", (64, 64), (200, 30, 30)).save(content, "JPEG")
+    short = content.getvalue().replace(content.getvalue()[2:20], b"\xff\xe0\x00\x07JFIF\0", 1)
+    for max_side in (None, 32):
+        with pytest.raises(PhotoError, match="'p1' cannot be decoded: damaged") as caught:
+            prepared(short, "p1", max_side, 90)
+        assert caught.value.reason == "damaged"

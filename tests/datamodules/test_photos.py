@@ -193,6 +193,7 @@ BROKEN = {
     "half a JPEG": (half(encoded(smooth(90, 90), "JPEG")), "damaged"),
     "half a PNG": (half(encoded(smooth(90, 90))), "damaged"),
     "a header of 80 megapixels": (png_of_claimed_size(10_000, 8_000), "too large"),
+    "a header of 100 megapixels": (png_of_claimed_size(10_000, 10_000), "too large"),  # where Pillow begins to warn
     "a header of 200 megapixels": (png_of_claimed_size(20_000, 10_000), "too large"),
     "a header without pixels": (png_of_claimed_size(10, 10), "damaged"),
 }

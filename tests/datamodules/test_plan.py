@@ -4,7 +4,6 @@ import hashlib
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -202,11 +201,12 @@ def test_neighbours_in_the_catalogue_end_up_far_apart() -> None:
         assert max(abs(laid[position] - i) for i, position in enumerate(run)) <= window
 
 
-def test_a_million_samples_are_planned_in_a_second() -> None:
-    plan = Plan(np.full(500, 2000), seed=0, batch=4096)
-    start = time.perf_counter()
-    plan.batch(7, 100)
-    assert time.perf_counter() - start < 1
+def test_the_number_of_ranks_is_checked_without_shuffling(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan(np.full(4, 100), seed=0, batch=32, streams=4)
+    monkeypatch.setattr(plan, "_shuffled", lambda epoch: pytest.fail("an epoch was shuffled"))
+    plan.check(2)
+    with pytest.raises(ValueError, match="4 streams cannot be shared by 3 ranks"):
+        plan.check(3)
 
 
 def test_slots_of_products_and_of_pairs() -> None:

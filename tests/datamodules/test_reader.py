@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from datamodules.shards import Shards
-from datamodules.stores.store import LocalStore, ShardError
+from datamodules.stores.store import LocalStore
+from datamodules.stores.transfer import ShardError
 from datamodules.stream import tars
 from datamodules.stream.failures import REASONS
 from datamodules.stream.members import find_record, parse_sample
@@ -345,6 +346,49 @@ def test_shards_that_are_no_plain_files_are_refused(path: Path, name: str) -> No
     (path / "manifest.json").write_text(dataclasses.replace(manifest, shards=others).to_json())
     with pytest.raises(ValueError, match="expected a plain file name"):
         Shards.open(path)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (["labels"], ["relevance"], r"labels is \['relevance'\]; expected dict"),
+        (["labels", "relevance", "positive_from"], "1", "positive_from is '1'; expected float"),
+        (["labels", "relevance", "gains"], ["E", "S"], "gains is .* expected dict"),
+        (["splits", "val", "unlisted"], "perhaps", "unlisted is 'perhaps'; expected .*Literal"),
+        (["splits", "val"], {"queries": 1}, "val has queries; expected queries, judgments, unlisted"),
+        (["shards", 0, "name"], 5, r"shards \[0\]: name is 5; expected str"),
+        (["shards", 0, "bytes"], "1024", "bytes is '1024'; expected int"),
+        (["shards", 0, "bytes"], 2**64, "expected int"),
+        (["shards"], {"name": "00000.tar"}, "shards is .* expected list"),
+        (["tables"], None, "tables is None; expected dict"),
+        (["fields", 0], None, "None; expected str"),
+        (["products"], True, "products is True; expected int"),
+        (["more"], 1, "the manifest has .*more; expected name, seed"),
+    ],
+)
+def test_a_manifest_made_by_hand_is_told_of(path: Path, place: list[Any], value: Any, said: str) -> None:
+    record = json.loads((path / "manifest.json").read_text())
+    within = record
+    for step in place[:-1]:
+        within = within[step]
+    within[place[-1]] = value
+    (path / "manifest.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=said):
+        Shards.open(path)
+
+
+def test_a_shard_that_goes_while_shards_are_verified_is_missing(path: Path) -> None:
+    shards = Shards.open(path)
+    (path / "00002.tar").unlink()
+    assert find_unusable(shards, 0, 1, verify=True) == {2: "missing shard"}
+
+
+def test_the_files_used_last_stay_open(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tars, "OPEN_FILES", 2)
+    shards = Shards.open(path)
+    for shard in (0, 1, 0, 2):
+        shards.tars.read(shard, 0, 512)
+    assert set(shards.tars._files) == {0, 2}
 
 
 def test_few_files_are_open_at_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

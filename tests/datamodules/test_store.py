@@ -26,7 +26,8 @@ from datamodules.importing.writer import write_shards
 from datamodules.manifest import Manifest, Shard
 from datamodules.stores import pipe, transfer
 from datamodules.stores.address import Address
-from datamodules.stores.store import LocalStore, RemoteStore, ShardError, Store, open_file, open_store, read_tables
+from datamodules.stores.store import LocalStore, RemoteStore, Store, open_file, open_store, read_tables
+from datamodules.stores.transfer import ShardError
 from datamodules.tuples import TupleDataModule
 from tests.datamodules.drawn import same
 from tests.datamodules.faulty import Site, serving
@@ -213,6 +214,18 @@ def test_a_new_manifest_is_seen_and_old_shards_are_not_used(site: Site, cache: P
     with pytest.raises(ShardError) as caught:
         old.path(names(old)[1])
     assert caught.value.reason == "checksum"
+
+
+def test_a_cache_may_be_a_mount_that_is_only_read(site: Site, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(site.url, cache=cache)
+    name = store.manifest.shards[0].name
+    path = store.path(name)
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert open_store(site.url, cache=cache).path(name) == path
 
 
 def test_a_cached_file_that_was_cut_is_fetched_again(site: Site, cache: Path) -> None:
@@ -575,6 +588,8 @@ def test_what_others_say_is_shown_without_secrets(monkeypatch: pytest.MonkeyPatc
     assert address.clean(said) == "GET 'https://host/x/0.tar': ***, ***, ***, 8080, 10"
     assert address.file("0 %.tar") == "https://me:pa%2Fss@host/x/0%20%25.tar?sig=s1gned%3D&n=10"
     assert "pa%2Fss" not in repr(address)
+    quoted = Address.parse("https://me:it's(secret)@host/x")
+    assert quoted.clean(f"GET {quoted.file('0.tar')}") == "GET https://host/x/0.tar"
 
 
 @pytest.mark.parametrize(

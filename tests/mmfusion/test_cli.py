@@ -10,12 +10,15 @@ import torch
 import yaml
 from sentence_transformers import SentenceTransformer
 
+from datamodules.plan import Plan, Slots
 from datamodules.shards import Shards
 from mmfusion.checkpoints import BestCheckpoint, LastCheckpoint
 from mmfusion.cli import main
 from mmfusion.encoders.checkpoint import packaged_folder
-from mmfusion.options import with_merged_rates
+from mmfusion.options import shown, with_merged_rates
 from mmfusion.retrieval.evaluation import BASELINES
+from tests.datamodules.damage import overwrite
+from tests.mmfusion import test_cli_ranks
 from tests.mmfusion.encoders.test_dual import make_clip
 from tests.small_run import small_shards
 
@@ -269,13 +272,51 @@ def test_a_rate_on_the_command_line_joins_the_stages_others(tmp_path):
 @pytest.mark.parametrize(
     ("given", "kept"),
     [
-        ("path: s3://bucket/folder", "path: s3://bucket/folder"),
-        ("path: https://me:secret@host:8080/a/b?token=secret", "path: https://host:8080/a/b"),
-        ("- 'pipe:curl -s https://u:p@h/{name}?k=v | cat'", "- 'pipe:curl -s https://h/{name} | cat'"),
+        ("--data.path=s3://bucket/folder", "--data.path=s3://bucket/folder"),
+        ("--data=https://me:secret@host:8080/a/b?token=secret", "--data=https://host:8080/a/b"),
+        ("""https://me:it's"secret"@host/a""", "https://host/a"),
+        ("https://me:se/cr@et@host/a#token=secret", "https://host/a"),
+        ("https://me:secret?#@host/a", "https://***"),
+        ("--data=pipe:curl -u me:secret https://h/{name}", "--data=pipe:..."),
+        ("pipe:TOKEN=secret tool {name}\n| cat", "pipe:..."),
         ("a: 1:2\nb: what? me@home", "a: 1:2\nb: what? me@home"),
     ],
 )
 def test_what_is_written_holds_no_secrets(given, kept):
-    from mmfusion.options import shown
-
     assert shown(given) == kept
+
+
+def test_no_file_of_a_run_holds_what_opens_its_data(mmfusion, shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("MMFUSION_CACHE", str(tmp_path / "cache"))
+    path = f"pipe:cat {shards}/{{name}} # --token 'SECRET\"WORD' https://me:SECRETWORD@host/#SECRETWORD"
+    code, out, errors = mmfusion("train", "--exp", "text_only", "--data", path, "--data.allow_pipe=true", *SMALL,
+                                 "--trainer.max_steps=2", "--wandb.mode=offline")  # fmt: skip
+    assert code == 0, errors
+    run = only_run("text_only")
+    assert list(run.rglob("*.wandb"))
+    written = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    assert [file for file, content in written.items() if b"SECRET" in content] == []
+    assert "SECRET" not in out + errors
+    assert yaml.safe_load((run / "config.yaml").read_text())["data"]["init_args"]["path"] == "pipe:cat ..."
+    assert json.loads((run / "results.json").read_text())["run"]["data"] == "pipe:cat ..."
+    assert "pipe:..." in json.loads((run / "environment.json").read_text())["command"]
+    code, _, errors = mmfusion("eval", "--run", str(run), "--split", "val")
+    assert code == 2
+    assert "pipe:cat ... has no {name}" in errors
+    assert mmfusion("eval", "--run", str(run), "--split", "val", "--data", path)[0] == 0
+
+
+def test_what_stops_one_rank_is_told_by_it(tmp_path):
+    path = small_shards(tmp_path)
+    index = Shards.open(path).index
+    slots = Slots.of(index.shard, index.pairs, "products")
+    plan = Plan(slots.per_shard(int(index.shard.max()) + 1), 1, 16, 4)
+    id = int(slots.at(plan.batch(0, 0, rank=1, ranks=2))[0][0])
+    overwrite(path, id, b"")
+    options = [option for option in SMALL if not option.startswith("--data.image")]
+    refused = test_cli_ranks.mmfusion(
+        tmp_path, "train", "--exp", "text_only", "--data", str(path), *options, "--data.seed=1",
+        "--trainer.devices=2", "--trainer.strategy=ddp",
+    )  # fmt: skip
+    assert refused.returncode != 0
+    assert "error: rank 1: epoch 0: 1 of 48 products failed (1 wrong member), most in shards" in refused.stderr
