@@ -389,7 +389,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, size in (("photos", 6000), ("side", 512), ("image-size", 224), ("batch", 512)):
         parser.add_argument(f"--{name}", type=int, default=size, help=f"default: {size:,}")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="default: 0 2")
     parser.add_argument("--millions", type=int, nargs="*", default=[1, 10], help="samples of the plans; default: 1 10")
     parser.add_argument("--folder", type=Path, help="where the shards stay for the next time; default: a temporary one")
     options = parser.parse_args()
