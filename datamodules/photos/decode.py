@@ -1,5 +1,6 @@
 """Bytes of a photo -> RGB pixels of a fixed size, or a thumbnail; however a file fails, it is a PhotoError."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -11,7 +12,6 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 from PIL.Image import Resampling, Transpose
 from torch import Tensor
-from torch.nn import functional as F
 
 Content = bytes | memoryview  # a photo within a larger read need not be copied out of it
 
@@ -23,6 +23,7 @@ ORIENTATION = 0x0112
 QUALITY = 80  # of a thumbnail, unless the caller says another
 JPEG, MARKER, SCAN, APP1 = b"\xff\xd8\xff", 0xFF, 0xDA, 0xE1
 PLAIN = ("YCbCr", "RGB", "Gray")  # simplejpeg's names of colours; not CMYK and YCCK
+MAX_ROOM = 16 * 2**20  # bytes of a decoded photo whose memory is kept for the next
 BLOCK = 8  # pixels: in a smaller file the decoder takes the fractions of an eighth for one another
 UPRIGHT = {
     2: Transpose.FLIP_LEFT_RIGHT,
@@ -35,6 +36,9 @@ UPRIGHT = {
 }
 
 
+_own = threading.local()
+
+
 class PhotoError(ValueError):
     """A photo that cannot be decoded. `reason` is one of a few words to count by; the message names the product."""
 
@@ -43,13 +47,16 @@ class PhotoError(ValueError):
         self.reason = reason
 
 
-def decode_photo(content: Content, size: tuple[int, int], product_id: str) -> UInt8[Tensor, "3 height width"]:
+def decode_photo(
+    content: Content, size: tuple[int, int], product_id: str, out: UInt8[Tensor, "3 height width"] | None = None
+) -> UInt8[Tensor, "3 height width"]:
     """The whole photo, upright, on white, squashed into `size` = (height, width) by an antialiased bilinear filter.
 
-    Raises PhotoError: empty, not a photo (of FORMATS), too large (over MAX_PIXELS, before decoding) or damaged.
+    It is written into `out`, where that is given; after an error, that holds anything. Raises PhotoError: empty, not a
+    photo (of FORMATS), too large (over MAX_PIXELS, before decoding) or damaged.
     """
-    pixels = _plain_jpeg(content, size)
-    return _by_pillow(content, size, product_id) if pixels is None else pixels
+    out = torch.empty((3, *size), dtype=torch.uint8) if out is None else out
+    return out if _plain_jpeg(content, out) else out.copy_(_by_pillow(content, size, product_id))
 
 
 def _by_pillow(content: Content, size: tuple[int, int], product_id: str) -> UInt8[Tensor, "3 height width"]:
@@ -72,24 +79,37 @@ def thumbnail(content: Content, side: int, product_id: str, quality: int = QUALI
     return buffer.getvalue()
 
 
-def _plain_jpeg(content: Content, size: tuple[int, int]) -> UInt8[Tensor, "3 height width"] | None:
+def _plain_jpeg(content: Content, out: UInt8[Tensor, "3 height width"]) -> bool:
     """The same pixels as Pillow's (the resizing rounds apart) in little more than half the time.
 
-    None where Pillow is to judge: what is no JPEG in grey or colour, lies on its side, is too large, or was decoded
+    False where Pillow is to judge: what is no JPEG in grey or colour, lies on its side, is too large, or was decoded
     with as much as a warning, which is how libjpeg reports a file that ends too soon.
     """
     if content[: len(JPEG)] != JPEG:
-        return None
+        return False
+    size = (out.shape[1], out.shape[2])
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
         if colours not in PLAIN or height * width > MAX_PIXELS or min(height, width) < BLOCK or _turned(content):
-            return None
+            return False
         least = _divided(height, width, size)
-        pixels = simplejpeg.decode_jpeg(content, "RGB", min_height=least[0], min_width=least[1])
+        room = _room(3 * least[0] * least[1])
+        pixels = simplejpeg.decode_jpeg(content, "RGB", min_height=least[0], min_width=least[1], buffer=room)
     except (ValueError, RuntimeError):  # of the decoder, in its strict mode
-        return None
+        return False
     stacked = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    return F.interpolate(stacked, size, mode="bilinear", antialias=True)[0].contiguous()
+    # What F.interpolate(stacked, size, mode="bilinear", antialias=True) calls, into memory that is there already.
+    torch.ops.aten._upsample_bilinear2d_aa.out(stacked, size, False, None, None, out=out[None])
+    return True
+
+
+def _room(size: int) -> UInt8[np.ndarray, "byte"] | None:
+    """This thread's memory for a decoded photo: fresh memory of this size comes from the system, page by page."""
+    if size > MAX_ROOM:
+        return None
+    if getattr(_own, "room", None) is None or len(_own.room) < size:
+        _own.room = np.empty(size, np.uint8)
+    return _own.room
 
 
 def _divided(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:

@@ -153,7 +153,7 @@ class Reader:
     def _decoded(self, sample: Sample, pixels: UInt8[np.ndarray, "3 height width"], failed: list[Failed]) -> bool:
         """False, and noted, where the photo cannot be."""
         try:
-            pixels[:] = decode_photo(sample.photo or b"", self.look.image_size, sample.product_id).numpy()
+            decode_photo(sample.photo or b"", self.look.image_size, sample.product_id, torch.from_numpy(pixels))
         except PhotoError as error:
             failed.append(self.shards.failed(sample.id, error.reason))
             return False
