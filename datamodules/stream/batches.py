@@ -18,6 +18,7 @@ from datamodules.stream.photo_cache import PhotoCache
 from datamodules.stream.substitutes import TRIES, substitutes
 from mmfusion.batch import Judged, ProductBatch, QueryBatch, TupleBatch
 
+GROUP = 32  # samples that are read before their photos are decoded: each kind of work finds the caches as it left them
 B = TypeVar("B", QueryBatch, ProductBatch, Judged)
 
 
@@ -129,26 +130,36 @@ class Reader:
         """The products, their photos in `photo`; None, noted and without photo, where one cannot be read."""
         self.shards.tars.fetch(self.shards.index.shard[ids].tolist())
         read: list[Shown | None] = []
-        for id, pixels in zip(ids.tolist(), photo, strict=True):
-            try:
-                read.append(self._shown(id, pixels, failed))
-            except ShardError as error:
-                failed.append(self.shards.failed(id, error.reason))
-                if self.look.image:
-                    pixels[:] = 0
-                read.append(None)
+        for start in range(0, len(ids), GROUP):
+            part = slice(start, start + GROUP)
+            samples = [self._sample_or_none(id, failed) for id in ids[part].tolist()]
+            read += [self._shown(sample, pixels, failed) for sample, pixels in zip(samples, photo[part], strict=True)]
         return read
 
-    def _shown(self, id: int, pixels: UInt8[np.ndarray, "3 height width"], failed: list[Failed]) -> Shown:
-        """Fills `pixels`. The photo is decoded before the next is read: so the memory of one serves them all."""
-        cached = self.cache.get(id) if self.look.image else None
-        sample = self.shards.read(id, photo=self.look.image and cached is None)
+    def _sample_or_none(self, id: int, failed: list[Failed]) -> Sample | None:
+        try:
+            return self._sample(id)
+        except ShardError as error:
+            failed.append(self.shards.failed(id, error.reason))
+            return None
+
+    def _sample(self, id: int) -> Sample:
+        """Photos that are not shown, or are decoded already, are passed over."""
+        return self.shards.read(id, photo=self.look.image and self.cache.get(id) is None)
+
+    def _shown(
+        self, sample: Sample | None, pixels: UInt8[np.ndarray, "3 height width"], failed: list[Failed]
+    ) -> Shown | None:
+        """Fills `pixels`."""
+        cached = self.cache.get(sample.id) if sample and self.look.image else None
         if cached is not None:
             pixels[:] = cached
-        present = cached is not None or (sample.photo is not None and self._decoded(sample, pixels, failed))
+        present = cached is not None or (
+            sample is not None and sample.photo is not None and self._decoded(sample, pixels, failed)
+        )
         if self.look.image and not present:
             pixels[:] = 0
-        return Shown(sample._replace(photo=None), present)
+        return Shown(sample._replace(photo=None), present) if sample else None
 
     def _decoded(self, sample: Sample, pixels: UInt8[np.ndarray, "3 height width"], failed: list[Failed]) -> bool:
         """False, and noted, where the photo cannot be."""
@@ -167,9 +178,12 @@ class Reader:
         product, number = int(request.product[row]), int(request.number[row])
         for id in substitutes(self._trainable, request.seed, request.epoch, product, number):
             try:
-                return self._shown(id, pixels, failed)
+                shown = self._shown(self._sample(id), pixels, failed)
             except ShardError as error:
                 last = error
+            else:
+                assert shown is not None, "of a sample that was read"
+                return shown
         raise ValueError(f"none of {TRIES} products that could take the place of product {product} can be read: {last}")
 
     def _products(
