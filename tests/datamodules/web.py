@@ -13,8 +13,8 @@ Answer = Callable[["Request"], None]
 class Web:
     """Pages by path; any other path is 404.
 
-    `requests` counts them by path, `most` is the greatest number at a time by host, `sent` what `endless` wrote,
-    `clients` are the addresses of the connections that requests came by.
+    `requests` counts them by path, `most` is the greatest number that waited for an answer at a time by host, `sent`
+    what `endless` wrote, `clients` are the addresses of the connections that requests came by.
     """
 
     def __init__(self, port: int) -> None:
@@ -32,21 +32,18 @@ class Web:
         self.pages[path] = answer
         return self.url(path)
 
-    @contextmanager
-    def counted(self, request: "Request") -> Iterator[None]:
-        hosts = ("", request.headers.get("Host", "").split(":")[0])  # "" stands for all
+    def asked(self, request: "Request") -> None:
         with self._lock:
             self.requests[request.path] += 1
             self.clients.add(request.client_address)
             self.headers[request.path] = dict(request.headers)
-            for host in hosts:
+            for host in request.hosts():
                 self._now[host] += 1
                 self.most[host] = max(self.most[host], self._now[host])
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._now.subtract(hosts)
+
+    def answered(self, request: "Request") -> None:
+        with self._lock:
+            self._now.subtract(request.hosts())
 
 
 class Request(BaseHTTPRequestHandler):
@@ -55,10 +52,23 @@ class Request(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
-        with self.web.counted(self):
+        self.waiting = True
+        self.web.asked(self)
+        try:
             self.web.pages.get(self.path, status(404))(self)
+        finally:
+            self._answered()
+
+    def hosts(self) -> tuple[str, str]:
+        return "", self.headers.get("Host", "").split(":")[0]  # "" stands for all
+
+    def _answered(self) -> None:
+        if self.waiting:
+            self.waiting = False
+            self.web.answered(self)
 
     def start(self, code: int = 200, **headers: str | int) -> None:
+        self._answered()  # first: once it has the answer, the client rightly asks for the next while we are still here
         self.send_response(code)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), str(value))
