@@ -28,7 +28,8 @@ from datamodules.importing.staging import Source, Stream, stage
 from datamodules.importing.tables import column_names, find_table, require_columns, table_batches
 from datamodules.manifest import SPLITS, Label, Unlisted
 from datamodules.photos.decode import PhotoError
-from datamodules.photos.files import Failure, Photo, PhotoOptions, Photos, photos_of, prepared, web_photos
+from datamodules.photos.files import Photo, Photos, photos_of, prepared, web_photos
+from datamodules.photos.options import Failure, PhotoOptions
 
 NOT_TEXT = ("product_id", "image")
 
@@ -37,8 +38,9 @@ NOT_TEXT = ("product_id", "image")
 class Catalogue:
     """Products, queries and judgments in the order of the published files; the tables are mapped from `folder`.
 
-    `query` and `product` are int32 row numbers, one entry per judged pair; `gain` is NaN where a column says nothing.
-    The first of `labels` is the primary column. `source` names the importer and the options that tables do not show.
+    `split_of_query` has each query's int8 position in SPLITS. `query` and `product` are int32 row numbers, one entry
+    per judged pair; `gain` is NaN where a column says nothing. The first of `labels` is the primary column. `source`
+    names the importer and the options that tables do not show.
     `shared_queries` tells of query texts that occur in two splits. `folder` may be a temporary one that `_home` keeps.
     """
 
@@ -47,6 +49,7 @@ class Catalogue:
     products: Table
     queries: Table
     judgments: Table
+    split_of_query: np.ndarray
     query: np.ndarray
     product: np.ndarray
     gain: dict[str, np.ndarray]
@@ -65,11 +68,6 @@ class Catalogue:
     def splits(self) -> list[str]:
         present = np.bincount(self.split_of_query, minlength=len(SPLITS))
         return [split for split, count in zip(SPLITS, present, strict=True) if count]
-
-    @cached_property
-    def split_of_query(self) -> np.ndarray:
-        """int8 position in SPLITS of each query."""
-        return split_codes(self.queries)
 
     @property
     def split_of_judgment(self) -> np.ndarray:
@@ -156,7 +154,8 @@ def staged_catalogue(
     products, queries, judgments = tables["products"], tables["queries"], tables["judgments"]
     check_products(products, source.photos is not None)
     check_queries(queries)
-    shared = shared_queries(queries, max_shared_queries)
+    split = split_codes(queries)
+    shared = shared_queries(queries, split, max_shared_queries)
     judgments.require(["query_id", "product_id"])
     query, product = rows_of(judgments, "query_id", queries), rows_of(judgments, "product_id", products)
     if repeated_pairs == "error":
@@ -168,9 +167,8 @@ def staged_catalogue(
     check_images(products, source.photos is not None)
     if source.photos is not None:
         check_photos(products, source.photos)
-    train = split_codes(queries)[query] == SPLITS.index("train")
-    check_trainable(judgments, labels, gain, train)
+    check_trainable(judgments, labels, gain, train=split[query] == SPLITS.index("train"))
     return Catalogue(
-        source.name, source.options, products, queries, judgments, query, product, gain, labels, dict(source.unlisted),
-        source.photos or web_photos(photos or PhotoOptions()), shared, folder, home,
+        source.name, source.options, products, queries, judgments, split, query, product, gain, labels,
+        dict(source.unlisted), source.photos or web_photos(photos or PhotoOptions()), shared, folder, home,
     )  # fmt: skip

@@ -23,8 +23,8 @@ import numpy as np
 from datamodules.catalogue import folder_source
 from datamodules.drawing import COLOURS, CONTRASTS, PATTERNS, SHAPES, draw_photo
 from datamodules.importers.options import Import
+from datamodules.importing.staging import Source
 from datamodules.manifest import Manifest, read_manifest
-from datamodules.photos.files import PhotoOptions
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,
@@ -114,8 +114,18 @@ def draw_demo(
     demo = DemoCatalogue.plan(seed, products, train_queries, test_queries)
     with tempfile.TemporaryDirectory() as folder:
         write_catalogue(demo, Path(folder), seed)
-        drawn = replace(folder_source(Path(folder), PhotoOptions()), name="demo", options=options)
-        return Import(src=folder, out=str(out), seed=seed, positive_from={"desirability": DESIRED}).write(drawn)
+        positive_from = {"desirability": DESIRED}
+        return DrawnFolder(src=folder, out=str(out), seed=seed, positive_from=positive_from, options=options).run()
+
+
+@dataclass(kw_only=True)
+class DrawnFolder(Import):
+    """The folder that `write_catalogue` wrote, as the data set `demo`; `options`: what it was drawn by."""
+
+    options: dict[str, Any]
+
+    def source(self) -> Source:
+        return replace(folder_source(Path(self.src), self.photos), name="demo", options=self.options)
 
 
 def write_catalogue(demo: DemoCatalogue, folder: Path, seed: int) -> None:

@@ -17,9 +17,9 @@ import pyarrow.compute as pc
 from datamodules.importers.amazon_photos import Addresses, photo_addresses
 from datamodules.importers.html_text import shown_text
 from datamodules.importers.options import Import
-from datamodules.importers.published import joined, not_empty, numbered, published_files, require, texts
+from datamodules.importers.published import joined, not_empty, numbered, published_files, require
 from datamodules.importing.splits import in_val, with_val
-from datamodules.importing.staging import Source, Stream
+from datamodules.importing.staging import Source, Stream, texts
 from datamodules.importing.tables import csv_batches, parquet_batches
 from datamodules.photos.files import web_photos
 

@@ -1,5 +1,6 @@
 """What all importers share: their options, and the way from a source to published shards."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -11,11 +12,11 @@ from datamodules.importing.staging import Source
 from datamodules.importing.summary import print_summary
 from datamodules.importing.writer import Writing, write_into
 from datamodules.manifest import Manifest, Unlisted
-from datamodules.photos.files import PhotoOptions, shared
+from datamodules.photos.options import PhotoOptions, shared
 
 
 @dataclass(kw_only=True)
-class Import:
+class Import(ABC):
     """Reads a data set as it is published and writes its shards. Subclasses say how it is read: `source`.
 
     Args:
@@ -52,9 +53,9 @@ class Import:
     jobs: int | Literal["ray"] = 1
     photos: PhotoOptions = field(default_factory=PhotoOptions)
 
+    @abstractmethod
     def source(self) -> Source:
         """The data set, not yet read. `self.photos` holds this process's part of the connections already."""
-        raise NotImplementedError
 
     def run(self) -> Manifest:
         """Reads, checks, writes and publishes the data set, and prints what it holds.
@@ -62,10 +63,8 @@ class Import:
         Goes on where an import with the same tables and options was stopped. Raises ValueError or FileNotFoundError;
         then nothing is left, unless shards were finished: these stay in `<out>.partial`.
         """
-        return self.write(replace(self, photos=self._shared()).source())
-
-    def write(self, source: Source) -> Manifest:
-        """As `run`, from another source than the importer's own."""
+        photos = shared(self.photos, workers(self.jobs))  # the threads of one process share its connections
+        source = replace(self, photos=photos).source()
         writing = Writing(self.seed, self.shard_size, self.unlisted or {}, self.on_broken_photo, self.jobs, self.photos)
         out = Path(self.out)
         with partial_folder(out) as folder:
@@ -76,13 +75,9 @@ class Import:
                 self.positive_from,
                 self.primary,
                 self.max_shared_queries,
-                photos=self._shared(),
+                photos=photos,
                 repeated_pairs=self.repeated_pairs,
             )
             manifest = write_into(folder, catalogue, out, writing)
         print_summary(catalogue, manifest, out)
         return manifest
-
-    def _shared(self) -> PhotoOptions:
-        """The connections of one process: the threads of one share them."""
-        return shared(self.photos, workers(self.jobs))

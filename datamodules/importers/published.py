@@ -36,11 +36,6 @@ def require(path: Path, needed: Iterable[str]) -> list[str]:
     return names
 
 
-def texts(column: pa.Array) -> pa.Array:
-    """As strings, null as ""."""
-    return pc.fill_null(column.cast(pa.string()), "")
-
-
 def joined(*columns: pa.Array | pa.Scalar, by: str = ":") -> pa.Array:
     """Row by row in one string: ids of several parts."""
     return pc.binary_join_element_wise(*columns, by)

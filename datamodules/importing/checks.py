@@ -1,6 +1,6 @@
 """What staged tables must fulfil before anything is written. Every mistake is named with its file and row."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 
 import numpy as np
@@ -15,7 +15,8 @@ from datamodules.photos.options import ABSENT
 
 SHOWN = 3  # examples in a message
 OURS = ("id", "positives")  # columns that queries.parquet adds
-WEB = r"(?i)^https?://"
+WEB = r"(?i)^https?://"  # what is downloaded
+FORBIDDEN = rf"(?i)^({ADDRESS.pattern})|^/|(^|/)\.\.(/|$)"  # unless it is downloaded
 
 
 def check_products(products: Table, photos: bool) -> None:
@@ -31,16 +32,17 @@ def check_queries(queries: Table) -> None:
     for name in OURS:
         if name in queries.names:
             raise ValueError(f"{queries.path} has a column {name!r}, which the shards add themselves: rename it")
-    unknown = np.flatnonzero(split_codes(queries) < 0)
+
+
+def split_codes(queries: Table) -> np.ndarray:
+    """int8 position in SPLITS of each query. Raises ValueError for another text."""
+    codes = positions(queries["split"], pa.chunked_array([SPLITS], pa.string()))
+    unknown = np.flatnonzero(codes < 0)
     if len(unknown):
         row = int(unknown[0])
         found = queries["split"][row].as_py()
         raise queries.error(row, f"the split is {found!r}; expected one of {', '.join(SPLITS)}")
-
-
-def split_codes(queries: Table) -> np.ndarray:
-    """int8 position in SPLITS of each query, -1 for another text."""
-    return positions(queries["split"], pa.chunked_array([SPLITS], pa.string())).astype(np.int8)
+    return codes.astype(np.int8)
 
 
 def rows_of(judgments: Table, column: str, of: Table) -> np.ndarray:
@@ -82,14 +84,15 @@ def best_of_pairs(
     return query[kept], product[kept], {name: np.fmax.reduceat(values[order], first) for name, values in gain.items()}
 
 
-def shared_queries(queries: Table, limit: float) -> list[str]:
+def shared_queries(queries: Table, split: np.ndarray, limit: float) -> list[str]:
     """Descriptions of the val and test queries whose text is also in an earlier split; ValueError above the limit.
 
-    Texts are compared as `normalised` leaves them; where queries have a locale, it is part of the text.
+    Texts are compared as `normalised` leaves them; where queries have a locale, it is part of the text. `split`: as
+    `split_codes` gives it.
     """
     if not 0 <= limit <= 1:
         raise ValueError(f"max_shared_queries is {limit}; expected a fraction between 0 and 1")
-    split, keys = split_codes(queries), _keys(queries)
+    keys = _keys(queries)
     order = np.lexsort((split, keys))  # stable: in a split, the first row stays the first
     new = np.append(True, keys[order][1:] != keys[order][:-1])
     first = np.empty_like(order)
@@ -130,13 +133,9 @@ def _described(queries: Table, row: int, other: int) -> str:
 def check_images(products: Table, has_photos: bool) -> None:
     """Raises ValueError for an address that is not downloaded or a path that leaves the folder of photos, and
     FileNotFoundError for names of files where there is no such folder."""
-    if "image" not in products.names:
-        return
-    local = 0
-    for start, chunk in products.chunks("image"):
-        names = pc.utf8_trim_whitespace(chunk)
-        web = pc.match_substring_regex(names, WEB)
-        forbidden = pc.match_substring_regex(names, rf"(?i)^({ADDRESS.pattern})|^/|(^|/)\.\.(/|$)")
+    files = 0
+    for start, names, web in _photo_names(products):
+        forbidden = pc.match_substring_regex(names, FORBIDDEN)
         wrong = np.flatnonzero(pc.and_not(forbidden, web).to_numpy(zero_copy_only=False))
         if len(wrong):
             row = start + int(wrong[0])
@@ -144,10 +143,10 @@ def check_images(products: Table, has_photos: bool) -> None:
             raise products.error(
                 row, f"image is {found!r}; expected a file's name below the folder of photos, or a URL of http or https"
             )
-        local += int(pc.sum(pc.and_not(pc.not_equal(names, ""), web)).as_py() or 0)
-    if local and not has_photos:
+        files += _count(_local(names, web))
+    if files and not has_photos:
         raise FileNotFoundError(
-            f"{products.path.parent} has neither images/ nor images.tar, but {products.path.name} names {local:,} "
+            f"{products.path.parent} has neither images/ nor images.tar, but {products.path.name} names {files:,} "
             "photos; add them, or leave the column image blank"
         )
 
@@ -155,10 +154,8 @@ def check_images(products: Table, has_photos: bool) -> None:
 def check_photos(products: Table, photos: Photos) -> None:
     """Raises ValueError when photos are named by their files, and not a single one is there: another folder's."""
     first = None
-    for start, chunk in products.chunks("image") if "image" in products.names else ():
-        names = pc.utf8_trim_whitespace(chunk)
-        local = pc.and_not(pc.not_equal(names, ""), pc.match_substring_regex(names, WEB))
-        for row in np.flatnonzero(local.to_numpy(zero_copy_only=False)).tolist():
+    for start, names, web in _photo_names(products):
+        for row in np.flatnonzero(_local(names, web).to_numpy(zero_copy_only=False)).tolist():
             name = names[row].as_py()
             first = first or (start + row, name)
             try:
@@ -193,9 +190,21 @@ def check_trainable(
 
 def web_rows(products: Table) -> int:
     """How many products name a photo by URL."""
-    if "image" not in products.names:
-        return 0
-    found: Sequence[pa.Array] = [
-        pc.match_substring_regex(chunk, r"^\s*" + WEB) for _, chunk in products.chunks("image")
-    ]
-    return sum(int(pc.sum(web).as_py() or 0) for web in found)
+    return sum(_count(web) for _, _, web in _photo_names(products))
+
+
+def _photo_names(products: Table) -> Iterator[tuple[int, pa.Array, pa.Array]]:
+    """Pieces of the column image: the first row, the names without blanks around them, and which are URLs of http or
+    https. Nothing without that column."""
+    for start, chunk in products.chunks("image") if "image" in products.names else ():
+        names = pc.utf8_trim_whitespace(chunk)
+        yield start, names, pc.match_substring_regex(names, WEB)
+
+
+def _local(names: pa.Array, web: pa.Array) -> pa.Array:
+    """Which of the names are those of files."""
+    return pc.and_not(pc.not_equal(names, ""), web)
+
+
+def _count(rows: pa.Array) -> int:
+    return int(pc.sum(rows).as_py() or 0)

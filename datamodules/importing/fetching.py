@@ -6,7 +6,8 @@ from concurrent.futures import Future
 from functools import partial
 from threading import Thread
 
-from datamodules.photos.files import Failure, PhotoOptions, Photos, is_web
+from datamodules.photos.files import Photos, is_web
+from datamodules.photos.options import Failure, PhotoOptions
 
 CHUNK = 32  # photos that are fetched at once, some by URL; of AHEAD times as many the bytes are in memory
 AHEAD = 4  # chunks that are fetched at a time, at most, where some come by URL: a slow host holds up only its own

@@ -14,7 +14,8 @@ from datamodules.importing.records import Done, Failed
 from datamodules.importing.staged import Table, open_table
 from datamodules.importing.tar import SampleTar, StoredPhotos
 from datamodules.photos.decode import PhotoError
-from datamodules.photos.files import Failure, Photo, Photos, is_web, prepared
+from datamodules.photos.files import Photo, Photos, is_web, prepared
+from datamodules.photos.options import Failure
 
 
 @dataclass(frozen=True)

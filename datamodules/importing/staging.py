@@ -110,9 +110,14 @@ def as_text(path: Path, batch: pa.RecordBatch) -> pa.RecordBatch:
     return pa.record_batch(columns, names=names)
 
 
+def texts(column: pa.Array) -> pa.Array:
+    """As strings, null as ""."""
+    return pc.fill_null(column.cast(pa.string()), "")
+
+
 def _column(path: Path, name: str, column: pa.Array) -> pa.Array:
     try:
-        return column.cast(pa.int64()) if name == ROW else pc.fill_null(column.cast(pa.string()), "")
+        return column.cast(pa.int64()) if name == ROW else texts(column)
     except pa.ArrowException as error:
         raise ValueError(f"{path}, column {name!r} is {column.type}; expected text or numbers ({error})") from error
 

@@ -22,7 +22,7 @@ from datamodules.importing.partial import DONE, IMPORT, LOCK, STAGING, discard, 
 from datamodules.importing.records import Done, differences, import_record, read_record, write_whole
 from datamodules.importing.samples import ShardWriter
 from datamodules.manifest import SPLITS, UNLISTED, Manifest, Split, Unlisted, read_manifest
-from datamodules.photos.files import PhotoOptions
+from datamodules.photos.options import PhotoOptions
 
 LEAST_SHARDS, MOST_PRODUCTS = 16, 2048
 ENOUGH, HOPELESS = 1000, 5  # failed downloads, and times max_failed, from which on an import stops in between

@@ -5,10 +5,8 @@ import threading
 import weakref
 from collections.abc import Sequence
 
-from datamodules.photos.options import Failure, PhotoOptions, shared
+from datamodules.photos.options import Failure, PhotoOptions
 from datamodules.photos.visits import Visits
-
-__all__ = ["Downloads", "Failure", "PhotoOptions", "shared"]
 
 
 class Downloads:

@@ -11,11 +11,9 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from PIL import Image
 
 from datamodules.photos.decode import FORMATS, PhotoError, decode_photo, thumbnail
-from datamodules.photos.download import Downloads, Failure, PhotoOptions, shared
-from datamodules.photos.options import ABSENT, TOO_LARGE
+from datamodules.photos.download import Downloads
+from datamodules.photos.options import ABSENT, TOO_LARGE, Failure, PhotoOptions
 from datamodules.photos.tar import TarPhotos
-
-__all__ = ["Failure", "Photo", "PhotoOptions", "Photos", "photos_of", "prepared", "shared", "web_photos"]
 
 # An address rather than a file's name, which may have a colon in it as well.
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|data:|file:", re.IGNORECASE)

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,14 +17,14 @@ import pytest
 from PIL import Image
 
 from datamodules.photos.decode import FORMATS
-from datamodules.photos.download import Downloads, Failure, PhotoOptions, shared
+from datamodules.photos.download import Downloads
+from datamodules.photos.options import Failure, PhotoOptions, shared
+from tests.datamodules.images import encoded
 from tests.datamodules.web import Web, endless, half, hang_up, in_turn, late, page, redirect, status, web_server
 
 
 def jpeg(colour: int = 0) -> bytes:
-    content = BytesIO()
-    Image.new("RGB", (40, 30), (colour, 90, 30)).save(content, "JPEG")
-    return content.getvalue()
+    return encoded(Image.new("RGB", (40, 30), (colour, 90, 30)), "JPEG")
 
 
 PHOTO = jpeg()
@@ -168,10 +167,9 @@ def test_what_is_no_photo_is_final(web: Web, content: bytes) -> None:
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_format_that_we_decode_is_a_photo(web: Web, kind: str) -> None:
-    content = BytesIO()
-    Image.new("RGB", (9, 9)).save(content, kind)
-    url = web.add("/p", page(content.getvalue(), Content_Type="text/html"))  # its bytes count, not what it is called
-    assert download([url], OPTIONS) == [content.getvalue()]
+    content = encoded(Image.new("RGB", (9, 9)), kind)
+    url = web.add("/p", page(content, Content_Type="text/html"))  # its bytes count, not what it is called
+    assert download([url], OPTIONS) == [content]
 
 
 def test_a_photo_of_the_greatest_size_comes_and_one_byte_more_does_not(web: Web) -> None:
@@ -325,13 +323,15 @@ def test_the_thread_ends_with_the_downloads(web: Web) -> None:
 
 PROGRAM = """
 import sys
-from datamodules.photos.download import Downloads, PhotoOptions
+from datamodules.photos.download import Downloads
+from datamodules.photos.options import PhotoOptions
 kept = Downloads(PhotoOptions())
 print(len(kept.get(sys.argv[1:])[0]))
 """
 INTERRUPTED = """
 import os, signal, sys, threading
-from datamodules.photos.download import Downloads, PhotoOptions
+from datamodules.photos.download import Downloads
+from datamodules.photos.options import PhotoOptions
 kept = Downloads(PhotoOptions(per_host=1))
 threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
@@ -343,7 +343,8 @@ WAITING = """
 import sys, threading, time
 from contextlib import suppress
 from concurrent.futures import CancelledError
-from datamodules.photos.download import Downloads, PhotoOptions
+from datamodules.photos.download import Downloads
+from datamodules.photos.options import PhotoOptions
 kept = Downloads(PhotoOptions())
 def wait():
     with suppress(CancelledError):

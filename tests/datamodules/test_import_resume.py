@@ -16,6 +16,7 @@ import pytest
 
 from datamodules.importing.partial import STAGING, partial_folder, publish
 from datamodules.manifest import Manifest
+from datamodules.photos.options import PhotoOptions
 from datamodules.shards import Shards
 from tests.datamodules.small import convert, small_catalogue
 from tests.datamodules.streams import content as contents
@@ -162,7 +163,7 @@ def by_url(folder: Path, web: Web, answers: dict[str, Answer]) -> None:
 def test_what_failed_for_the_moment_is_asked_for_again_and_nothing_else(folder: Path, web: Web, tmp_path: Path) -> None:
     convert(str(folder), str(tmp_path / "local"))
     by_url(folder, web, {"p9.png": status(503), "p10.png": status(404)})
-    options: dict = {"photos": photo_options(max_failed=0.03, retries=0)}
+    options: dict = {"photos": PhotoOptions(max_failed=0.03, retries=0)}
     with pytest.raises(ValueError, match=r"2 of 56 photos could not be downloaded: HTTP 503 1, HTTP 404 1|HTTP 404 1,"):
         convert(str(folder), str(tmp_path / "out"), **options)
     web.pages["/p9.png"] = page((folder / "images" / "p9.png").read_bytes())
@@ -186,7 +187,7 @@ def test_shards_that_are_there_cost_no_download(folder: Path, web: Web, tmp_path
     before = contents(tmp_path / "out")
     assert convert(str(folder), str(tmp_path / "out")) == first
     with pytest.raises(ValueError, match=r"holds other shards \(different are photos.max_side\)"):
-        convert(str(folder), str(tmp_path / "out"), photos=photo_options(max_side=4))
+        convert(str(folder), str(tmp_path / "out"), photos=PhotoOptions(max_side=4))
     assert not web.requests
     assert contents(tmp_path / "out") == before
     assert not (tmp_path / "out.partial").exists()
@@ -244,7 +245,7 @@ def test_a_record_that_was_cut_short_counts_for_nothing(folder: Path, tmp_path: 
 
 def test_downloads_of_another_import_are_not_thrown_away(folder: Path, web: Web, tmp_path: Path) -> None:
     by_url(folder, web, {"p9.png": status(404)})
-    hopeful: dict = {"photos": photo_options(max_failed=0.0)}
+    hopeful: dict = {"photos": PhotoOptions(max_failed=0.0)}
     with pytest.raises(ValueError, match="1 of 56 photos could not be downloaded"):
         convert(str(folder), str(tmp_path / "out"), **hopeful)
     before = contents(tmp_path / "out.partial")
@@ -273,12 +274,6 @@ def test_a_copy_of_a_folder_gives_the_same_import_and_an_edited_photo_is_noticed
     photo.write_bytes(photo.read_bytes()[:-1] + b"?")  # behind the end of the image
     with pytest.raises(ValueError, match="holds other shards"):
         convert(str(folder), str(tmp_path / "out"))
-
-
-def photo_options(**options: object) -> object:
-    from datamodules.photos.files import PhotoOptions
-
-    return PhotoOptions(**options)  # type: ignore[arg-type]
 
 
 SCRIPT = """

@@ -1,7 +1,6 @@
 """ESCI as published, in small: nulls, HTML, other locales and versions, and the photos of SQID and ESCI-S."""
 
 import gzip
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from datamodules.importers.html_text import _parsed, shown_text
 from datamodules.importing.splits import in_val
 from datamodules.photos.options import PhotoOptions
 from mmfusion import cli
+from tests.datamodules.images import encoded
 from tests.datamodules.small import write_rows
 from tests.datamodules.streams import column, content, rows
 from tests.datamodules.web import page, web_server
@@ -345,10 +345,9 @@ def test_through_to_shards(src: Path) -> None:
 
 def test_photos_of_addresses_reach_the_shards(src: Path) -> None:
     """B0 is there, B2 is not: one of two may fail. The published address of B0 needs the repair to be found."""
-    jpeg = io.BytesIO()
-    Image.new("RGB", (64, 32), (200, 0, 0)).save(jpeg, "JPEG")
+    jpeg = encoded(Image.new("RGB", (64, 32), (200, 0, 0)), "JPEG")
     with web_server() as web:
-        web.add("/images/I/0.jpg", page(jpeg.getvalue()))
+        web.add("/images/I/0.jpg", page(jpeg))
         lines = [("B0", "/images/W/IMAGERENDERING/images/I/0.jpg"), ("B2", "/images/I/gone.jpg")]
         products = [{"type": "product", "locale": "us", "asin": id, "image": web.url(path)} for id, path in lines]
         path = src.parent / "sample.json"

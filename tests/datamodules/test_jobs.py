@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from datamodules.importing.jobs import run_map, workers
-from datamodules.photos.files import PhotoOptions, photos_of
+from datamodules.photos.files import photos_of
+from datamodules.photos.options import PhotoOptions
 from tests.datamodules.small import convert, small_catalogue
 
 

@@ -13,7 +13,9 @@ import pytest
 from PIL import Image, ImageOps
 
 from datamodules.photos.decode import PhotoError
-from datamodules.photos.files import Failure, PhotoOptions, Photos, photos_of, prepared, web_photos
+from datamodules.photos.files import Photos, photos_of, prepared, web_photos
+from datamodules.photos.options import Failure, PhotoOptions
+from tests.datamodules.images import encoded, smooth
 from tests.datamodules.web import Web, page, web_server
 
 OPTIONS = PhotoOptions(timeout=2.0, retries=0)
@@ -260,31 +262,19 @@ def test_web_photos_with_and_without_a_folder(tmp_path: Path, web: Web) -> None:
     assert web_photos(OPTIONS, tmp_path).get(names) == [b"a", ABSENT, content]
 
 
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    content = io.BytesIO()
-    image.save(content, kind, **options)
-    return content.getvalue()
-
-
-def gradient(width: int, height: int) -> Image.Image:
-    rows, columns = np.mgrid[0:height, 0:width]
-    pixels = np.stack([rows * 255 // height, columns * 255 // width, 255 - rows * 255 // height], axis=-1)
-    return Image.fromarray(pixels.astype(np.uint8))
-
-
 ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff", "MPO": "jpg"}
 
 
 @pytest.mark.parametrize("kind", ENDINGS)
 @pytest.mark.parametrize("max_side", [None, 60, 61])
 def test_a_photo_that_is_not_larger_keeps_its_bytes(kind: str, max_side: int | None) -> None:
-    content = encoded(gradient(60, 40), kind)
+    content = encoded(smooth(40, 60), kind)
     assert prepared(content, "p1", max_side, 90) == (content, ENDINGS[kind])
 
 
 @pytest.mark.parametrize("kind", ENDINGS)
 def test_a_larger_photo_becomes_a_jpeg_of_that_side(kind: str) -> None:
-    image = gradient(120, 80)
+    image = smooth(80, 120)
     photo = prepared(encoded(image, kind), "p1", 60, 95)
     found = Image.open(io.BytesIO(photo.content))
     assert (photo.ending, found.format, found.size) == ("jpg", "JPEG", (60, 40))
@@ -295,7 +285,7 @@ def test_a_larger_photo_becomes_a_jpeg_of_that_side(kind: str) -> None:
 def test_a_resized_photo_is_upright_on_white_and_says_nothing_else() -> None:
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "who took it"
-    content = encoded(gradient(120, 80), "JPEG", exif=exif, comment=b"where", icc_profile=b"profile", quality=95)
+    content = encoded(smooth(80, 120), "JPEG", exif=exif, comment=b"where", icc_profile=b"profile", quality=95)
     found = Image.open(io.BytesIO(prepared(content, "p1", 60, 95).content))
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).resize((40, 60), Image.Resampling.BILINEAR)
     assert np.abs(np.asarray(found).astype(int) - np.asarray(upright)).mean() < 3
@@ -305,18 +295,18 @@ def test_a_resized_photo_is_upright_on_white_and_says_nothing_else() -> None:
 
 
 def test_the_quality_is_as_asked_and_the_bytes_are_the_same_each_time() -> None:
-    content = encoded(gradient(120, 80))
+    content = encoded(smooth(80, 120))
     for quality in (50, 90):
         photo = prepared(content, "p1", 60, quality)
         assert photo == prepared(content, "p1", 60, quality)
-        tables = Image.open(io.BytesIO(encoded(gradient(8, 8), "JPEG", quality=quality))).quantization
+        tables = Image.open(io.BytesIO(encoded(smooth(8, 8), "JPEG", quality=quality))).quantization
         assert Image.open(io.BytesIO(photo.content)).quantization == tables
 
 
 BROKEN = {
     "empty": b"",
     "not a photo": b"<html>sorry</html>",
-    "damaged": encoded(gradient(120, 80), "JPEG")[:-400],
+    "damaged": encoded(smooth(80, 120), "JPEG")[:-400],
     "too large": encoded(Image.new("1", (9000, 8000))),
 }
 
@@ -331,9 +321,8 @@ def test_a_broken_photo_is_a_photo_error_with_and_without_resizing(reason: str, 
 
 def test_a_jpeg_that_only_the_fast_decoder_opens_is_damaged() -> None:
     """Its JFIF segment ends before the version: Pillow cannot say how large it is."""
-    content = io.BytesIO()
-    Image.new("RGB", (64, 64), (200, 30, 30)).save(content, "JPEG")
-    short = content.getvalue().replace(content.getvalue()[2:20], b"\xff\xe0\x00\x07JFIF\0", 1)
+    content = encoded(Image.new("RGB", (64, 64), (200, 30, 30)), "JPEG")
+    short = content.replace(content[2:20], b"\xff\xe0\x00\x07JFIF\0", 1)
     for max_side in (None, 32):
         with pytest.raises(PhotoError, match="'p1' cannot be decoded: damaged") as caught:
             prepared(short, "p1", max_side, 90)

@@ -11,19 +11,7 @@ from PIL import Image, ImageOps
 from torch.nn import functional as F
 
 from datamodules.photos.decode import MAX_PIXELS, PhotoError, decode_photo, thumbnail
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    content = io.BytesIO()
-    image.save(content, kind, **options)
-    return content.getvalue()
-
-
-def smooth(height: int, width: int) -> Image.Image:
-    """Three gradients: no two corners alike, and JPEG keeps them."""
-    rows, columns = np.mgrid[0:height, 0:width]
-    pixels = np.stack([rows * 255 // height, columns * 255 // width, 255 - rows * 255 // height], axis=-1)
-    return Image.fromarray(pixels.astype(np.uint8))
+from tests.datamodules.images import encoded, smooth
 
 
 def decoded(content: bytes, height: int = 4, width: int = 4) -> torch.Tensor:
