@@ -12,12 +12,16 @@ OUT       ?=
 JOBS      ?=
 MAX_SIDE  ?=
 SPLIT     ?=
+NAME      :=
+K         :=
+RANKS     :=
+MARGIN    :=
 ARGS      ?=
 BIN       := .venv/bin
 MMFUSION  := $(BIN)/mmfusion
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train data eval compare bench bench-eval bench-stream bench-import test test-all lint format clean
+.PHONY: help setup train data eval mine compare bench bench-eval bench-stream bench-import bench-loss test test-all lint format clean
 
 help:            ## list every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,16 +39,19 @@ setup: .venv/.ready  ## make .venv and install the pinned dependencies
 train: setup     ## EXP=fusion_gated [ENCODERS=tiny|minilm|dual] [DATA=shards] [ARGS="--..."]: train, then evaluate val and test
 	@$(MMFUSION) train --exp '$(EXP)' --encoders '$(ENCODERS)' --data '$(DATA)' $(ARGS)
 
-data: setup      ## FROM=catalogue|esci|fashion|marqo_gs|wands SRC=folder OUT=folder [JOBS=4] [MAX_SIDE=512] [ARGS="--..."]: data into shards
+data: setup      ## FROM=catalogue|esci|fashion|marqo_gs|wands SRC=folder OUT=folder [JOBS=4] [MAX_SIDE=512] [ARGS="--..."]: data into shards; FROM=scores|negatives SRC=file OUT=shards: pairs beside them
 	@$(MMFUSION) data --from '$(FROM)' --src='$(SRC)' --out='$(OUT)' $(if $(JOBS),--jobs='$(JOBS)') $(if $(MAX_SIDE),--photos.max_side='$(MAX_SIDE)') $(ARGS)
 
 eval: setup      ## RUN=runs/... [DATA=shards] [SPLIT=test] [OUT=folder] [ARGS="--..."]: evaluate a run again
 	@$(MMFUSION) eval --run '$(RUN)' $(if $(DATA_GIVEN),--data '$(DATA)') $(if $(SPLIT),--split '$(SPLIT)') $(if $(OUT),--out '$(OUT)') $(ARGS)
 
+mine: setup      ## RUN=runs/... [DATA=shards] [NAME=mined-1] [K=20] [RANKS=10:100] [MARGIN=0.05|none] [ARGS="--..."]: hard negatives from a run's own ranking
+	@$(MMFUSION) mine --run '$(RUN)' $(if $(DATA_GIVEN),--data '$(DATA)') $(if $(NAME),--name '$(NAME)') $(if $(K),--k='$(K)') $(if $(RANKS),--ranks='$(RANKS)') $(if $(MARGIN),--margin='$(MARGIN)') $(ARGS)
+
 compare: setup   ## RUNS="runs/a runs/b [other.run]" [SPLIT=test] [OUT=page.html]: runs side by side, tested in pairs
 	@$(MMFUSION) compare $(RUNS) $(if $(SPLIT),--split '$(SPLIT)') $(if $(OUT),--out '$(OUT)') $(ARGS)
 
-bench: bench-eval bench-stream bench-import  ## every benchmark
+bench: bench-eval bench-stream bench-import bench-loss  ## every benchmark
 
 bench-eval: .venv/.bench  ## exact search and metrics against their peers (5 minutes)
 	@$(BIN)/python experiments/bench/evaluation.py $(ARGS)
@@ -54,6 +61,9 @@ bench-stream: .venv/.bench  ## the stream of 512 px photos against its limit and
 
 bench-import: setup  ## memory of an import of 10 million judgments (3 minutes)
 	@$(BIN)/python experiments/bench/imports.py $(ARGS)
+
+bench-loss: .venv/.bench  ## contrastive losses and micro-batches against their peers (5 minutes)
+	@$(BIN)/python experiments/bench/losses.py $(ARGS)
 
 .venv/.bench: .venv/.ready
 	$(BIN)/python -m uv pip install --python $(BIN)/python -c constraints.txt -e '.[bench]' \

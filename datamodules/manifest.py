@@ -1,7 +1,12 @@
-"""manifest.json: what a folder of shards holds, and the hash that names exactly these shards."""
+"""manifest.json: what a folder of shards holds, and the hash that names exactly these shards.
+
+Tables of pairs that are made later (pair_tables.py) are listed, and left out of the hash: the catalogue stays the same,
+so results stay comparable, and each table has a sha256 of its own.
+"""
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -10,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 SCHEMA = 1
 SPLITS = ("train", "val", "test")
 Unlisted = Literal["irrelevant", "unknown"]
+PairKind = Literal["negatives", "scores"]
 UNLISTED: dict[str, Unlisted] = {"train": "unknown", "val": "irrelevant", "test": "irrelevant"}
 
 
@@ -41,6 +47,16 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class PairTable:
+    """A table beside the shards, `pairs/<name>.parquet`. `made_by`: what made it, of what, with which options."""
+
+    kind: PairKind
+    sha256: str
+    rows: int
+    made_by: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """`labels` is ordered: the first column is the primary one. `source`: which importer made it, with its options."""
 
@@ -56,12 +72,14 @@ class Manifest:
     broken_photos: int
     tables: dict[str, str]
     shards: list[Shard]
+    pairs: dict[str, PairTable] = field(default_factory=dict)
     schema: int = field(default=SCHEMA)
 
     @property
     def hash(self) -> str:
-        """sha256 of the canonical JSON of everything else."""
-        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        """sha256 of the canonical JSON of everything else but `pairs`."""
+        catalogue = {name: value for name, value in asdict(self).items() if name != "pairs"}
+        canonical = json.dumps(catalogue, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         # Sorted keys forget which label column is the primary one.
         return hashlib.sha256((canonical + ",".join(self.labels)).encode()).hexdigest()
 
@@ -81,11 +99,15 @@ class Manifest:
             raise ValueError(f"the manifest has schema {found}, this version reads {SCHEMA}: import the data again")
         claimed = record.pop("hash", None)
         try:
-            manifest: Manifest = _typed(cls, record, "the manifest")
+            manifest: Manifest = _typed(cls, {"pairs": {}, **record}, "the manifest")
         except TypeError as error:
             raise ValueError(f"{error}: import the data again") from error
         if manifest.hash != claimed:
             raise ValueError("the manifest was changed after it was written (its hash differs): import the data again")
+        for name, pair in manifest.pairs.items():
+            pair_file(name)
+            if not re.fullmatch(r"[0-9a-f]{64}", pair.sha256):
+                raise ValueError(f"the manifest: pairs: {name} has the sha256 {pair.sha256[:70]!r}: write it again")
         return manifest
 
 
@@ -119,6 +141,13 @@ def _is_plain(value: Any, kind: Any) -> bool:
     if kind is float:
         return type(value) in (int, float)
     return kind is str and isinstance(value, str)
+
+
+def pair_file(name: str) -> str:
+    """Where in the folder a table of pairs lies. Raises ValueError when its name is none."""
+    if not re.fullmatch(r"[a-z0-9_-]{1,100}", name):
+        raise ValueError(f"a table of pairs is called {name!r}; expected lower-case letters, digits, _ and - alone")
+    return f"pairs/{name}.parquet"
 
 
 def read_manifest(path: Path) -> Manifest:

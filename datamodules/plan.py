@@ -15,9 +15,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int64, Integer, UInt64
 
-ORDER_OF_SHARDS, ORDER_OF_SAMPLES, DRAW, CHOICE, SUBSTITUTE = range(
-    5
-)  # what a hash is for, so that no two draws are related
+# what a hash is for, so that no two draws are related
+ORDER_OF_SHARDS, ORDER_OF_SAMPLES, DRAW, CHOICE, SUBSTITUTE, HARD = range(6)
 
 
 def splitmix64(state: UInt64[np.ndarray, "key"]) -> UInt64[np.ndarray, "key"]:

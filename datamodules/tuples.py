@@ -17,12 +17,14 @@ from datamodules.stores.store import open_store
 from datamodules.stream.batches import Look, Reader
 from datamodules.stream.failures import REASONS
 from datamodules.stream.loaders import EVALUATION, CorpusLoader, QueryLoader, Share, TupleLoader
+from datamodules.stream.pairs import PairOptions
 from datamodules.stream.retrieval_data import ShardsData
 from datamodules.stream.verify import check_unusable, find_unusable, gathered
 
 Modality = Literal["text", "image"]
 Stage = Literal["fit", "val", "test"]
 ORDER = ("seed", "batch_size", "epoch", "streams", "window", "damping", "manifest")  # what decides who comes when
+PAIRS = {"hard_negatives": 0, "hard_from": ["judged"], "hard_max_gain": 0.0, "pair_tables": {}}  # and with whom
 
 
 class TupleDataModule(ShardsData, LightningDataModule):
@@ -36,7 +38,7 @@ class TupleDataModule(ShardsData, LightningDataModule):
         modalities: what is shown of a product; the other is absent everywhere.
         epoch: what an epoch counts: each trainable product once, or each of its (query, product) pairs.
         damping: a query is drawn in proportion to gain x frequency ^ -damping; 0: by gain alone.
-        seed: of the order, the queries drawn and the products' draws.
+        seed: of the order, the queries and hard negatives drawn, and the products' draws.
         streams: runs that an epoch is cut into; a multiple of the number of ranks.
         window: samples among which a run is shuffled.
         workers: processes per rank that read and decode; 0: the training process itself.
@@ -51,6 +53,14 @@ class TupleDataModule(ShardsData, LightningDataModule):
         eval_batch_size: rows per rank of an evaluation batch.
         val_corpus: what is searched in validation: "all" products, or "judged+N": those judged in val and N others.
         test_splits: splits that a test evaluates; by default all but train.
+        hard_negatives: products per tuple that its query is not to find, drawn anew in each epoch, never a positive of
+            it; one that fails is replaced, and counts as failed, like any other. They lie in any shard: the cache of an
+            address should have room for all.
+        hard_from: where they are drawn from: "judged", and tables of negatives beside the shards (`make mine`). A query
+            of which these name too few gets others at random; [] draws all at random.
+        hard_max_gain: the most that a judgment's primary label may be worth to be drawn as "judged": by default those
+            worth nothing; .1 takes C and S as well. What is positive is never drawn.
+        scores: tables beside the shards with a teacher's scores of pairs, for losses that learn from them.
     """
 
     def __init__(
@@ -76,6 +86,10 @@ class TupleDataModule(ShardsData, LightningDataModule):
         eval_batch_size: int = 512,
         val_corpus: str = "all",
         test_splits: Sequence[str] | None = None,
+        hard_negatives: int = 0,
+        hard_from: Sequence[str] = ("judged",),
+        hard_max_gain: float = 0.0,
+        scores: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.path, self.batch_size, self.seed = path, batch_size, seed
@@ -85,6 +99,8 @@ class TupleDataModule(ShardsData, LightningDataModule):
         self.workers, self.photo_cache_mib, self.max_broken = workers, photo_cache_mib, max_broken
         self.verify, self.cache, self.cache_gib, self.allow_pipe = verify, cache, cache_gib, allow_pipe
         self.eval_batch_size, self.val_corpus, self.test_splits = eval_batch_size, val_corpus, test_splits
+        self.pairs = PairOptions(hard_negatives, tuple(hard_from), hard_max_gain, tuple(scores))
+        self._pair_tables: dict[str, str] = {}
         self._check_options(modalities)
         self._loaders: dict[Stage, Callable[[], TupleLoader | CorpusLoader | None]] = {}  # of products, the last made
 
@@ -100,6 +116,7 @@ class TupleDataModule(ShardsData, LightningDataModule):
             raise ValueError(f"data.modalities is {list(modalities)}; expected text, image or both")
         if not re.fullmatch(r"all|judged\+\d+", self.val_corpus):
             raise ValueError(f"data.val_corpus is {self.val_corpus!r}; expected all, or judged+N such as judged+10000")
+        self.pairs.check()
 
     def setup(self, stage: str) -> None:
         """Opens the shards; raises ValueError when they do not have what the options ask for."""
@@ -110,6 +127,8 @@ class TupleDataModule(ShardsData, LightningDataModule):
             self.slots = Slots.of(self.shards.index.shard, self.shards.index.pairs, self.epoch)
             self.plan = Plan(self.slots.per_shard(shards), self.seed, self.batch_size, self.streams, self.window)
             self.plan.check(self._ranks)
+            self._pair_tables = self.pairs.tables(self.shards.store)  # training alone needs them
+            self.reader.prepare()
 
     def _open(self) -> None:
         cache = None if self.cache is None else Path(self.cache)
@@ -132,9 +151,17 @@ class TupleDataModule(ShardsData, LightningDataModule):
         tested = [split for split in splits if split != "train"] if self.test_splits is None else self.test_splits
         self.val_loaders = ["queries/val", "corpus"] if "val" in splits else []
         self.test_loaders = ["corpus", *(f"queries/{split}" for split in tested)]
-        self.reader = Reader(shards, self.look, self.damping, self.photo_cache_mib)
+        self.reader = Reader(shards, self.look, self.damping, self.photo_cache_mib, self.pairs)
         self.shards, self.manifest_hash = shards, shards.manifest.hash
         self._texts: dict[str, np.ndarray] = {}
+
+    @property
+    def hard_sources(self) -> list[str]:
+        return ["random", *self.pairs.hard_from] if self.pairs.hard_negatives else []
+
+    def pair_tables_in_use(self) -> dict[str, str]:
+        """Set up for fit; before, and for evaluation, there are none."""
+        return dict(self._pair_tables)
 
     @property
     def _rank(self) -> int:
@@ -232,18 +259,25 @@ class TupleDataModule(ShardsData, LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What decides the order, the same on every rank; the position in it is the trainer's."""
-        return {name: self._order(name) for name in ORDER}
+        return {name: self._order(name) for name in (*ORDER, *PAIRS)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError when a resumed fit would not continue in the same order."""
         if self.trainer is None or self.trainer.state.fn != "fit":
             return
-        for name in ORDER:
+        state_dict = {**PAIRS, **state_dict}  # checkpoints from before there were hard negatives had none
+        for name in (*ORDER, *PAIRS):
             if state_dict[name] != self._order(name):
+                what = "tables of pairs (sha256) " if name == "pair_tables" else f"data.{name}="
                 raise ValueError(
-                    f"the checkpoint was trained with data.{name}={state_dict[name]}, this run has "
+                    f"the checkpoint was trained with {what}{state_dict[name]}, this run has "
                     f"{self._order(name)}: resume with the same, or start a new run"
                 )
 
     def _order(self, name: str) -> Any:
-        return self.manifest_hash if name == "manifest" else getattr(self, name)
+        if name == "manifest":
+            return self.manifest_hash
+        if name == "pair_tables":
+            return self.pair_tables_in_use()
+        value = getattr(self.pairs if name in PAIRS else self, name)
+        return list(value) if isinstance(value, tuple) else value

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmfusion.loggers import Wandb
-from mmfusion.reach import TERM_VIEWS
 from mmfusion.retrieval.report import FIRST as VIEWS
 from mmfusion.retrieval.slices import OF_PRODUCTS, OF_QUERIES
 
@@ -72,8 +71,8 @@ def training(column: str) -> list[Any]:
         curves("val nDCG@10 of each view", [f"val/{name}/{column}/ndcg@10" for name in VIEWS]),
         curves("stage", ["stage"]),
         curves("loss", ["train/loss"]),
-        curves("loss terms", [f"train/{term}" for term in TERM_VIEWS]),
-        curves("scales", [f"train/scale/{term}" for term in TERM_VIEWS]),
+        curves("loss terms", regex=r"^train/(query|text)_[a-z0-9_]*$"),
+        curves("scales", regex=r"^train/scale/"),
         curves("learning rates", regex=r"^lr/"),
         curves("gates, mean over products", regex=r"^gates/.*/mean$"),
     ]

@@ -3,7 +3,8 @@
 Legend of axis names, here and everywhere:
   tuple    (query, product, photo) tuples of one step on one rank (equal on all ranks)
   query    query vectors: of one step (one per tuple; a query may occur twice) or of an evaluated split
-  product  product vectors: of one step (one per tuple) or of the corpus
+  product  product vectors: of one step (one per tuple, then the hard negatives) or of the corpus
+  hard     hard negatives of one step on one rank: k per tuple, those of the first tuple first
   token    positions of an encoder's output;  width  an encoder's own size;  dim  the shared embedding space
   listed   entries of ragged lists;  pair  (query row, product row) coordinates;  k  ranks of a result list
 Ids are dense int64: `id` of a product is its row in index.parquet, of a query its row in queries.parquet.
@@ -11,6 +12,7 @@ Ids are dense int64: `id` of a product is its row in index.parquet, of a query i
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -70,7 +72,7 @@ class ProductBatch(_Movable):
 
 @dataclass
 class Judged(_Movable):
-    """The train judgments with gain > 0 of a batch's products, in one label column, as ragged lists.
+    """The train judgments with gain > 0 of a batch's products (rows ascending), in one label column, as ragged lists.
 
     Entry e says: the product in row `product[e]` of this rank's batch has gain `gain[e]` for the query with dense id
     `query_id[e]` (whether or not that query is in the batch); `positive[e]` is gain >= positive_from. Entries that
@@ -85,11 +87,19 @@ class Judged(_Movable):
 
 @dataclass
 class TupleBatch(_Movable):
-    """One rank's share of a step: row i of `query` and of `product` are one tuple. `judged` is per label column."""
+    """One rank's share of a step: row i of `query` and of `product` are one tuple.
+
+    With k hard negatives per tuple, `product` has b (1 + k) rows for b tuples: row b + i k + j is the j-th of tuple i.
+    What is listed is of all rows. judged: per label column, the first being the primary one. scores: per table of
+    data.scores what a teacher gives a pair, any finite number, `positive` nowhere. hard: where each hard negative comes
+    from, 0 at random, 1 and more: 1 + the position in data.hard_from (RetrievalData.hard_sources names all).
+    """
 
     query: QueryBatch
     product: ProductBatch
     judged: dict[str, Judged]
+    scores: dict[str, Judged] = field(default_factory=dict)
+    hard: Int[Tensor, "hard"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     def __len__(self) -> int:
         return len(self.query.text)
@@ -125,9 +135,30 @@ class RetrievalData(Protocol):
     test_loaders: list[str]
     val_corpus: str  # "all", or "judged+N": a sample that metrics must name
     gains: dict[str, Any]  # per label column, what its labels are worth and from where on they are relevant
+    hard_sources: list[str]  # what TupleBatch.hard counts: "random" and data.hard_from; empty without hard negatives
 
     def texts(self) -> Iterator[str]:
         """Product texts of trainable products and train queries: what a tokenizer from scratch is trained on."""
+
+    def pair_tables_in_use(self) -> dict[str, str]:
+        """Of each table of pairs that training reads besides judgments, the sha256; a resumed fit needs the same."""
+
+    def pair_tables(self) -> dict[str, dict[str, Any]]:
+        """All tables of pairs beside the data: name to kind ("negatives" or "scores"), sha256, rows and made_by."""
+
+    def check_pair_table(self, name: str) -> None:
+        """Raises ValueError where a new table of that name cannot be written."""
+
+    def add_pair_table(
+        self,
+        name: str,
+        kind: Literal["negatives", "scores"],
+        query: np.ndarray,
+        product: np.ndarray,
+        score: np.ndarray,
+        made_by: dict[str, Any],
+    ) -> Path:
+        """Writes a table of dense ids beside the data. made_by: where it comes from, as JSON."""
 
     def judgments(self, split: str) -> Judgments: ...
 

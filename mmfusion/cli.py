@@ -25,7 +25,7 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # w
 def main() -> None:
     """Runs a verb. A user's mistake is one message and exit code 2; MMFUSION_TRACEBACK=1 shows where it was found."""
     verbs: dict[str, Callable[[list[str]], None]] = {
-        "train": train, "fit": fit, "data": data, "eval": evaluate, "compare": compare,
+        "train": train, "fit": fit, "data": data, "eval": evaluate, "compare": compare, "mine": mine,
     }  # fmt: skip
     verb, rest = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
     if verb not in verbs:
@@ -200,6 +200,27 @@ def evaluate(argv: list[str]) -> None:
     out = Path(options.out) if options.out else None
     trec = Path(options.trec) if options.trec else None
     evaluate_run(Path(options.run), options.data, options.split or "test", out, rest, trec)
+
+
+def mine(argv: list[str]) -> None:
+    """Hard negatives of the train queries, from a run's own ranking, as a table beside the shards it was trained on."""
+    parser = _parser(
+        "mine",
+        run="run folder!",
+        data="folder of shards: the run's own data, elsewhere",
+        name="of the table; mined-1 for the first iteration, mined-2 for a run trained with that, ... without",
+        k="most negatives of a query; 20 without",
+        ranks="first:last, among products that are neither positive nor ignored; 10:100 without",
+        margin="how far below the query's best positive they must score, in cosine, or none; 0.05 without",
+        view="that ranks; the run's primary one without",
+    )
+    options, rest = parser.parse_known_args(argv)
+    from mmfusion.mining import Rules  # noqa: PLC0415
+
+    rules = Rules.of(options.k, options.ranks, options.margin)
+    from mmfusion.mine import mine_run  # noqa: PLC0415
+
+    mine_run(Path(options.run), options.data, rules, options.name, options.view, rest)
 
 
 def compare(argv: list[str]) -> None:

@@ -1,207 +1,21 @@
-"""Outputs of frozen encoders, kept for the run: each text and photo is encoded once, not once an epoch."""
+"""From a batch to unit vectors: towers, memos of frozen encoders, micro-batches, modality dropout."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
-import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from mmfusion.batch import ProductBatch, QueryBatch
+from mmfusion.cached import in_micro_batches
 from mmfusion.encoders import Encoded, ImageEncoder, TextEncoder
-from mmfusion.encoders.augment import splitmix64
-from mmfusion.encoders.text import steps
-from mmfusion.ranks import checksum
-from mmfusion.towers import ProductTower, QueryTower, View
+from mmfusion.encoders.augment import uniforms
+from mmfusion.memo import FeatureMemo, in_parts, keeps, photo_keys, rows_of, token_keys
+from mmfusion.towers import MODALITIES, ProductTower, QueryTower, View
 
-Key = str | int | bytes
-TOKEN = np.dtype(np.int32)
-ROWS = 64  # rows that an encoder is given at a time, so that what it gives does not depend on the batch around
-
-
-class FeatureMemo:
-    """Encoder outputs by what was encoded (a text's tokens, the hash of a photo), in memory, on the encoder's device.
-
-    Used only in eval mode and without gradient, where an output depends on weights and input alone; `sync` forgets
-    everything when the weights change. What is equal is encoded once: products with one title have one vector, bit for
-    bit, and their ties are broken by id, not by the rounding of the batches that they happened to be in. What does not
-    fit under `limit_gib` is computed each time.
-
-    Args:
-        keep_tokens: keep the tokens too (for heads that attend); without them the token axis is 0 long
-        limit_gib: GiB of features this memo may hold
-    """
-
-    def __init__(self, keep_tokens: bool, limit_gib: float) -> None:
-        self.keep_tokens = keep_tokens
-        self.limit_bytes = int(limit_gib * 2**30)
-        self.clear()
-
-    def clear(self) -> None:
-        self.count = 0
-        self.slot: dict[Key, int] = {}
-        self.kept: Encoded | None = None
-        self.weights: Tensor | None = None
-
-    def sync(self, encoder: nn.Module) -> None:
-        """Forgets everything unless the encoder's weights and buffers are those that were used."""
-        now = checksum([*encoder.parameters(), *encoder.buffers()])
-        if self.weights is None or not torch.equal(now, self.weights.to(now.device)):
-            self.clear()
-            self.weights = now
-
-    def __call__(
-        self,
-        encoder: nn.Module,
-        keys: Sequence[Key],
-        encode: Callable[[list[int]], Encoded],
-        contents: Callable[[list[Any]], Sequence[Key]] = list,
-    ) -> Encoded:
-        """The outputs for `keys`; `encode` computes those of the given rows of the batch that are not kept yet.
-
-        contents: what the encoder is given for keys that are new, such as texts' tokens: other texts, the same tokens.
-        """
-        trains = torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters())
-        if encoder.training or trains:
-            return encode(list(range(len(keys))))
-        new = list(dict.fromkeys(key for key in keys if key not in self.slot))
-        content = dict(zip(new, contents(new), strict=True)) if new else {}
-        first: dict[Key, int] = {}
-        for row, key in enumerate(keys):
-            if content.get(key, key) not in self.slot:
-                first.setdefault(content[key], row)
-        if first:
-            with torch.no_grad():
-                fresh = self._encoded(first, encode)
-            if not self._keep(list(first), fresh):
-                return self._joined([content.get(key, key) for key in keys], list(first), fresh)
-        self.slot.update((key, self.slot[same]) for key, same in content.items())
-        assert self.kept is not None
-        return _pick(self.kept, [self.slot[key] for key in keys])
-
-    def _encoded(self, first: dict[Key, int], encode: Callable[[list[int]], Encoded]) -> Encoded:
-        """In batches of ROWS of one padded length, the last one filled up: products of other shapes round otherwise."""
-        rows = list(first.values())
-        places: dict[int, list[int]] = {}
-        for place, content in enumerate(first):
-            places.setdefault(steps(_length(content)), []).append(place)
-        groups = [group[i : i + ROWS] for group in places.values() for i in range(0, len(group), ROWS)]
-        parts = []
-        for group in groups:
-            some = [rows[place] for place in group]
-            parts.append(_rows(self._shorten(encode(_filled(some))), len(some)))
-        length = max(part.mask.shape[1] for part in parts)
-        longest = [_lengthen(part, length) for part in parts]
-        joined = Encoded(*(torch.cat([getattr(part, f.name) for part in longest]) for f in fields(Encoded)))
-        order = torch.tensor([place for group in groups for place in group])
-        return _pick(joined, order.argsort().tolist())
-
-    def _joined(self, keys: Sequence[Key], missing: list[Key], fresh: Encoded) -> Encoded:
-        """Rows that are kept, and fresh ones that could not be, in the batch's order."""
-        place = {key: row for row, key in enumerate(missing)}
-        if self.kept is None:
-            return _pick(fresh, [place[key] for key in keys])
-        length = max(self.kept.mask.shape[1], fresh.mask.shape[1])
-        kept = _lengthen(_pick(self.kept, [self.slot.get(key, 0) for key in keys]), length)
-        new = _lengthen(_pick(fresh, [place.get(key, 0) for key in keys]), length)
-        is_new = torch.tensor([key in place for key in keys], device=fresh.pooled.device)
-        return Encoded(
-            torch.where(is_new[:, None], new.pooled, kept.pooled),
-            torch.where(is_new[:, None, None], new.tokens, kept.tokens),
-            torch.where(is_new[:, None], new.mask, kept.mask),
-        )
-
-    def _shorten(self, encoded: Encoded) -> Encoded:
-        if self.keep_tokens:
-            return encoded
-        return Encoded(encoded.pooled, encoded.tokens[:, :0], encoded.mask[:, :0])
-
-    def _keep(self, keys: list[Key], fresh: Encoded) -> bool:
-        """Stores the rows, first come first kept; False when they would not fit under the limit."""
-        kept = self.kept if self.kept is not None else _rows(fresh, 0)
-        kept = _lengthen(kept, max(kept.mask.shape[1], fresh.mask.shape[1]))
-        fresh = _lengthen(fresh, kept.mask.shape[1])
-        count, needed = self.count, self.count + len(keys)
-        if needed > len(kept.pooled):
-            capacity = max(needed, len(kept.pooled) * 3 // 2)
-            if capacity * _bytes_per_row(fresh) > self.limit_bytes:
-                capacity = needed
-            if capacity * _bytes_per_row(fresh) > self.limit_bytes:
-                return False
-            kept = _concatenate(_rows(kept, count), _rows(fresh, 0), capacity)
-        kept.pooled[count:needed] = fresh.pooled
-        kept.tokens[count:needed] = fresh.tokens
-        kept.mask[count:needed] = fresh.mask
-        self.slot.update(zip(keys, range(count, needed), strict=True))
-        self.kept, self.count = kept, needed
-        return True
-
-
-def in_parts(encoded: dict[str, Encoded], count: int) -> Iterator[tuple[dict[str, Encoded], Tensor, int]]:
-    """ROWS rows at a time, the last ones filled up: the part, which rows these are, how many of them count.
-
-    In evaluation all that comes after the encoders goes through this too: what a product gets must depend neither on
-    its neighbours nor on its place in a batch of any size, to the last bit, or equal products would not tie.
-    """
-    for start in range(0, count, ROWS):
-        rows = [*range(start, min(start + ROWS, count))]
-        filled = _filled(rows)
-        part = {name: _pick(of_modality, filled) for name, of_modality in encoded.items()}
-        yield part, torch.tensor(filled), len(rows)
-
-
-def _filled(rows: list[int]) -> list[int]:
-    """ROWS rows, the first one again and again after the last."""
-    return rows + rows[:1] * (ROWS - len(rows))
-
-
-def token_keys(encoder: TextEncoder, texts: list[str]) -> list[Key]:
-    """The tokens of each text, in little memory."""
-    return [np.array(ids, TOKEN).tobytes() for ids in encoder.token_ids(texts)]
-
-
-def _length(content: Key) -> int:
-    """Tokens of a text; a photo has none."""
-    return len(content) // TOKEN.itemsize if isinstance(content, bytes) else 0
-
-
-def photo_keys(photo: UInt8[Tensor, "product 3 height width"]) -> list[Key]:
-    """A 64-bit hash of each photo's pixels: sums with fixed random odd weights, modulo 2^64."""
-    places = torch.arange(1, photo[0].numel() + 1, device=photo.device)
-    return (photo.flatten(1).long() @ (splitmix64(places) | 1)).tolist() if photo.numel() else [0] * len(photo)
-
-
-def _pick(encoded: Encoded, rows: list[int]) -> Encoded:
-    index = torch.tensor(rows, device=encoded.pooled.device)
-    return Encoded(encoded.pooled[index], encoded.tokens[index], encoded.mask[index])
-
-
-def _rows(encoded: Encoded, count: int) -> Encoded:
-    return Encoded(encoded.pooled[:count], encoded.tokens[:count], encoded.mask[:count])
-
-
-def _bytes_per_row(encoded: Encoded) -> int:
-    return sum(part[0].numel() * part.element_size() for part in (encoded.pooled, encoded.tokens, encoded.mask))
-
-
-def _lengthen(encoded: Encoded, tokens: int) -> Encoded:
-    extra = tokens - encoded.mask.shape[1]
-    if extra <= 0:
-        return encoded
-    pad = nn.functional.pad
-    return Encoded(encoded.pooled, pad(encoded.tokens, (0, 0, 0, extra)), pad(encoded.mask, (0, extra)))
-
-
-def _concatenate(head: Encoded, like: Encoded, capacity: int) -> Encoded:
-    def grow(part: Tensor, template: Tensor) -> Tensor:
-        grown = template.new_zeros((capacity, *template.shape[1:]))
-        grown[: len(part)] = part
-        return grown
-
-    return Encoded(grow(head.pooled, like.pooled), grow(head.tokens, like.tokens), grow(head.mask, like.mask))
+GATE = "gates/"
 
 
 class Features:
@@ -210,37 +24,87 @@ class Features:
     Args:
         query, product: the towers
         limit_gib: GiB that each encoder's memo may take
+        micro_batch: rows that go through the towers at a time in training; None: all of the batch
     """
 
-    def __init__(self, query: QueryTower, product: ProductTower, limit_gib: float) -> None:
-        self.query, self.product = query, product
+    def __init__(
+        self, query: QueryTower, product: ProductTower, limit_gib: float, micro_batch: int | None = None
+    ) -> None:
+        self.query, self.product, self.micro_batch = query, product, micro_batch
         keep_tokens = product.fusion is not None and product.fusion.needs_tokens
         views = [view for view in (query, product.text, product.image) if view is not None]
         self.memos = {view.encoder: FeatureMemo(keep_tokens, limit_gib) for view in views}
 
     def queries(self, batch: QueryBatch) -> Float[Tensor, "query dim"]:
         """Unit vectors of queries."""
-        encoded = self._texts(self.query.encoder, batch.text)
-        if self.query.training:
-            return self.query.project(encoded).pooled
-        parts = in_parts({"query": encoded}, len(batch.text))
-        return torch.cat([self.query.project(part["query"]).pooled[:rows] for part, _, rows in parts])
+        encoder = cast(TextEncoder, self.query.encoder)
+        kept = self._texts(encoder, batch.text) if keeps(encoder) else None
+        if not self.query.training:
+            parts = in_parts({"query": kept or self._texts(encoder, batch.text)}, len(batch.text))
+            return torch.cat([self.query.project(part["query"]).pooled[:rows] for part, _, rows in parts])
 
-    def products(self, batch: ProductBatch, names: set[str]) -> dict[str, Encoded]:
-        """What the encoders give for the modalities `names`."""
-        encoded = {}
-        if "text" in names:
-            encoded["text"] = self._texts(cast(View, self.product.text).encoder, batch.text)
-        if "image" in names:
-            image = cast(View, self.product.image).encoder
-            keys = [] if image.training else photo_keys(batch.photo)
-            encoded["image"] = self.memos[image](
-                image, keys or range(len(batch.photo)), lambda rows: image(batch.photo[rows], batch.draw[rows])
-            )
-        return encoded
+        def vectors(rows: slice) -> Float[Tensor, "query dim"]:
+            return self.query.project(rows_of(kept, rows) if kept else encoder(batch.text[rows])).pooled
 
-    def _texts(self, encoder: TextEncoder | ImageEncoder, texts: list[str]) -> Encoded:
-        contents = partial(token_keys, cast(TextEncoder, encoder))
+        return in_micro_batches(vectors, len(batch.text), self.micro_batch, [self.query])
+
+    def products(
+        self, batch: ProductBatch, names: set[str], visible: Bool[Tensor, "product 2"], with_gates: bool = False
+    ) -> tuple[dict[str, Float[Tensor, "product dim"]], dict[str, Float[Tensor, "product"]]]:
+        """The views `names` in training, and the head's gates: none, unless asked for with the view `fused`.
+
+        visible: what the fused view may see of what is present. What a frozen encoder gives is asked of its memo for
+        the whole batch: a micro-batch that is computed again must not encode again what did not fit into the memo.
+        """
+        modalities = [name for name in MODALITIES if {name, "fused"} & names]
+        kept = {name: self._encoded(name, batch) for name in modalities if keeps(self._encoder(name))}
+        with_gates = with_gates and "fused" in names
+
+        def vectors(rows: slice) -> dict[str, Tensor]:
+            some = part_of(batch, rows)
+            encoded = {n: rows_of(kept[n], rows) if n in kept else self._encoded(n, some) for n in modalities}
+            projected = self.product.project(encoded)
+            gates = self._gates(projected, visible[rows]) if with_gates else {}
+            return self.product.vectors(projected, names, some.present, visible[rows]) | gates
+
+        parts: list[nn.Module] = [getattr(self.product, name) for name in modalities]
+        if "fused" in names and self.product.fusion is not None:
+            parts.append(self.product.fusion)
+        found = in_micro_batches(vectors, len(batch.text), self.micro_batch, parts)
+        gates = {name.removeprefix(GATE): found.pop(name) for name in list(found) if name.startswith(GATE)}
+        return found, gates
+
+    def evaluated(self, batch: ProductBatch, names: set[str]) -> dict[str, Float[Tensor, "product dim"]]:
+        """The views `names` as an evaluation sees them: to the last bit the same in whatever batch."""
+        encoded = {name: self._encoded(name, batch) for name in MODALITIES if {name, "fused"} & names}
+        parts = [
+            {
+                view: rows[:count]
+                for view, rows in self.product.vectors(self.product.project(part), names, batch.present[index]).items()
+            }
+            for part, index, count in in_parts(encoded, len(batch.present))
+        ]
+        return {view: torch.cat([part[view] for part in parts]) for view in parts[0]}
+
+    @torch.no_grad()
+    def _gates(self, projected: dict[str, Encoded], visible: Bool[Tensor, "product 2"]) -> dict[str, Tensor]:
+        assert self.product.fusion is not None
+        gates = self.product.fusion.gates(projected["text"], projected["image"], visible)
+        return {f"{GATE}{name}": weights for name, weights in gates.items()}
+
+    def _encoder(self, name: str) -> TextEncoder | ImageEncoder:
+        return cast(View, getattr(self.product, name)).encoder
+
+    def _encoded(self, name: str, batch: ProductBatch) -> Encoded:
+        """What the encoder of a modality gives, by way of its memo where it is frozen."""
+        encoder = self._encoder(name)
+        if isinstance(encoder, TextEncoder):
+            return self._texts(encoder, batch.text)
+        keys = photo_keys(batch.photo) if keeps(encoder) else range(len(batch.photo))
+        return self.memos[encoder](encoder, keys, lambda rows: encoder(batch.photo[rows], batch.draw[rows]))
+
+    def _texts(self, encoder: TextEncoder, texts: list[str]) -> Encoded:
+        contents = partial(token_keys, encoder)
         return self.memos[encoder](encoder, texts, lambda rows: encoder([texts[i] for i in rows]), contents)
 
     def sync(self) -> None:
@@ -253,3 +117,19 @@ class Features:
         for encoder, memo in self.memos.items():
             if any(p.requires_grad for p in encoder.parameters()):
                 memo.clear()
+
+
+def part_of(batch: ProductBatch, rows: slice) -> ProductBatch:
+    return ProductBatch(
+        batch.text[rows], batch.photo[rows], batch.present[rows], batch.id[rows], batch.draw[rows], batch.valid[rows]
+    )
+
+
+def after_dropout(batch: ProductBatch, probability: float) -> Bool[Tensor, "product 2"]:
+    """What is present, less what modality dropout hides: of two modalities one, never the only one."""
+    if probability == 0:
+        return batch.present
+    chance = uniforms(batch.draw, 2, salt=2)
+    hides = (chance[:, 0] < probability) & batch.present.all(1)
+    hidden = one_hot((chance[:, 1] < 0.5).long(), 2).bool()
+    return batch.present & ~(hides[:, None] & hidden)

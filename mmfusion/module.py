@@ -2,33 +2,30 @@
 
 import copy
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmfusion import optim as optimisation
 from mmfusion.batch import ProductBatch, QueryBatch, RetrievalData, TupleBatch
-from mmfusion.encoders import Encoded, ImageEncoder, ScratchTextEncoder, TextEncoder
-from mmfusion.encoders.augment import uniforms
-from mmfusion.features import Features, in_parts
+from mmfusion.encoders import ImageEncoder, ScratchTextEncoder, TextEncoder
+from mmfusion.features import Features, after_dropout
 from mmfusion.fusion import FusionHead, Gated
-from mmfusion.losses import InfoNCE, Loss, Pairs, identity_pairs, match_pairs
 from mmfusion.optim import Optim
-from mmfusion.reach import TERM_VIEWS, reached, sides
-from mmfusion.retrieval.evaluation import VALIDATION, Evaluation, ViewResult, add_baselines, measured
+from mmfusion.options import refuse_another_run
+from mmfusion.reach import reached
+from mmfusion.retrieval.collected import QUERY, Collected, collect, measured_views, with_dims
+from mmfusion.retrieval.evaluation import VALIDATION, Evaluation, ViewResult, add_baselines
 from mmfusion.retrieval.examples import main_metric
-from mmfusion.retrieval.ranking import Collector, rank_corpus
 from mmfusion.retrieval.slices import find_columns
 from mmfusion.retrieval.topk import tie_ranks
 from mmfusion.stages import Group, Stage, StagedModule, StagePlan
+from mmfusion.terms import Losses, check_terms, loss_terms, sides, stop_unless_finite, trained_dims
 from mmfusion.towers import MODALITIES, ProductTower, QueryTower, View
 
 Modality = Literal["text", "image"]
@@ -37,26 +34,6 @@ SWITCHABLE = [
     *(f"product.{name}.{part}." for name in MODALITIES for part in ("encoder", "projection", "token_projection")),
     "product.fusion.",
 ]
-
-
-@dataclass
-class Losses:
-    """The loss of each term; InfoNCE with its defaults where none is given. Stages hold their weights.
-
-    Args:
-        query_product: of the query with the fused product
-        query_text: of the query with the product's text
-        query_image: of the query with the product's photo
-        text_image: of the product's text with its own photo
-    """
-
-    query_product: Loss | None = None
-    query_text: Loss | None = None
-    query_image: Loss | None = None
-    text_image: Loss | None = None
-
-    def modules(self) -> nn.ModuleDict:
-        return nn.ModuleDict({f.name: getattr(self, f.name) or InfoNCE() for f in fields(self)})
 
 
 class RetrievalModule(StagedModule):
@@ -76,6 +53,9 @@ class RetrievalModule(StagedModule):
         modality_dropout: probability that the fused term sees a product without its text or without its photo
         optim: AdamW's options
         memo_gib: GiB that the kept outputs of each frozen encoder may take
+        micro_batch: rows (queries, or products) that go through the towers at a time in training, with the activation
+            memory of so many and a second forward pass; the losses see the whole batch, BatchNorm only so many rows.
+            None: all at once
         evaluation: how rankings are measured and explained
         compile: backend of torch.compile for the encoders' networks and the fusion head, such as inductor; none without
         zero_shot: evaluate before training too; needs linear projections between equal sizes
@@ -97,6 +77,7 @@ class RetrievalModule(StagedModule):
         modality_dropout: float = 0.0,
         optim: Optim = Optim(),  # noqa: B008
         memo_gib: float = 4.0,
+        micro_batch: int | None = None,
         evaluation: Evaluation = Evaluation(),  # noqa: B008
         compile: str | None = None,
         zero_shot: bool = False,
@@ -107,6 +88,8 @@ class RetrievalModule(StagedModule):
             raise ValueError(f"model.modalities takes text, image or both, each once; received {modalities}")
         if not 0 <= modality_dropout < 1:
             raise ValueError(f"model.modality_dropout is a probability below 1; received {modality_dropout}")
+        if micro_batch is not None and micro_batch < 1:
+            raise ValueError(f"model.micro_batch is {micro_batch}; expected at least 1 row, or null")
         query_encoder = query if isinstance(query, TextEncoder) else text if query == "shared" else copy.deepcopy(text)
         self.query = QueryTower(query_encoder, dim, projection_hidden)
         self.product = ProductTower(
@@ -118,30 +101,19 @@ class RetrievalModule(StagedModule):
         self.stages, self.groups, self.optim, self.seed = stages, groups, optim, seed
         self.modality_dropout, self.evaluation = modality_dropout, evaluation
         self.compile_parts, self.zero_shot = compile, zero_shot
-        self._check_terms()
+        check_terms(stages, self.losses, self.product.views, dim)
+        self.searched = with_dims(self.product.views, trained_dims(stages, self.losses, dim))
         if zero_shot:
             self._check_zero_shot()
         self.assigned = optimisation.assign(self, groups, stages, SWITCHABLE)
-        self.features = Features(self.query, self.product, memo_gib)
+        self.features = Features(self.query, self.product, memo_gib, micro_batch)
         self.contract: dict[str, Any] = {}
-        self.collected: dict[str, dict[str, Collector]] = {}
+        self.collected: Collected = {}
         self.results: dict[str, dict[str, ViewResult]] = {}
         self.hybrid_weight: float | None = None
         self._failed: dict[str, set[str]] = {}  # per stage, reasons for which products failed
 
     # ---- construction ------------------------------------------------------------------------------------------------
-
-    def _check_terms(self) -> None:
-        for name, stage in self.stages.items():
-            for term in stage.losses.active():
-                missing = sides({term}) - {"query", *self.product.views}
-                if missing:
-                    raise ValueError(
-                        f"model.stages.{name}.losses.{term} needs the view {missing.pop()!r}, which this model lacks "
-                        f"(model.modalities gives the views {', '.join(self.product.views)})"
-                    )
-            if not stage.losses.active():
-                raise ValueError(f"model.stages.{name}.losses: every weight is 0; give one of {', '.join(TERM_VIEWS)}")
 
     def _check_zero_shot(self) -> None:
         if isinstance(self.query.encoder, ScratchTextEncoder):
@@ -189,10 +161,8 @@ class RetrievalModule(StagedModule):
         weights = self.stages[self.stage_name].losses.active()
         terms = self.terms(batch, set(weights))
         total = torch.stack([weight * terms[name] for name, weight in weights.items()]).sum()
-        if not torch.isfinite(total):
-            values = {name: term.item() for name, term in terms.items()}
-            raise RuntimeError(f"the loss is not finite at step {self.global_step}, stage {self.stage_name}: {values}")
-        self._log_step(total, terms, len(batch))
+        stop_unless_finite(total, terms, f"step {self.global_step}, stage {self.stage_name}")
+        self._log_step(total, terms, batch)
         return total
 
     def on_train_epoch_end(self) -> None:
@@ -204,60 +174,16 @@ class RetrievalModule(StagedModule):
         vectors = self.views(batch.product, needed - {"query"})
         if "query" in needed:
             vectors["query"] = self.features.queries(batch.query)
-        everything = torch.ones_like(batch.product.present[:, 0])
-        valid = dict(zip(MODALITIES, batch.product.present.unbind(1), strict=True))
-        pairs: dict[str, Pairs] = {}
-        terms = {}
-        for name in sorted(names):
-            left, right = TERM_VIEWS[name]
-            loss = cast(Loss, self.losses[name])
-            key = "identity" if name == "text_image" else loss.label
-            pairs[key] = pairs.get(key) or self._pairs(batch, key)
-            sides_valid = valid.get(left, everything), valid.get(right, everything)
-            terms[name] = loss(vectors[left], vectors[right], pairs[key], *sides_valid)
-        return terms
+        return loss_terms(self.losses, names, vectors, batch)
 
     def views(self, batch: ProductBatch, names: set[str]) -> dict[str, Float[Tensor, "product dim"]]:
         """The product views `names` as unit vectors; in training the fused view may miss a modality (dropout)."""
-        encoded = self.features.products(batch, set(MODALITIES) if "fused" in names else names)
         if not self.training:
-            return self._evaluated_views(encoded, batch.present, names)
-        projected, visible = self.product.project(encoded), self._visible(batch)
-        if "fused" in names and self._logs_now():
-            self._log_gates(projected, visible)
-        return self.product.vectors(projected, names, batch.present, visible)
-
-    def _evaluated_views(
-        self, encoded: dict[str, Encoded], present: Bool[Tensor, "product 2"], names: set[str]
-    ) -> dict[str, Float[Tensor, "product dim"]]:
-        parts = [
-            {
-                view: rows[:count]
-                for view, rows in self.product.vectors(self.product.project(part), names, present[index]).items()
-            }
-            for part, index, count in in_parts(encoded, len(present))
-        ]
-        return {view: torch.cat([part[view] for part in parts]) for view in parts[0]}
-
-    def _visible(self, batch: ProductBatch) -> Bool[Tensor, "product 2"]:
-        """What is there, less what modality dropout hides: of two modalities one, never the only one."""
-        if self.modality_dropout == 0:
-            return batch.present
-        chance = uniforms(batch.draw, 2, salt=2)
-        hides = (chance[:, 0] < self.modality_dropout) & batch.present.all(1)
-        hidden = nn.functional.one_hot((chance[:, 1] < 0.5).long(), 2).bool()
-        return batch.present & ~(hides[:, None] & hidden)
-
-    def _pairs(self, batch: TupleBatch, key: str) -> Pairs:
-        if key == "identity":
-            return identity_pairs(batch.product.id)
-        if key not in batch.judged:
-            near = difflib.get_close_matches(key, batch.judged, 1)
-            raise ValueError(
-                f"a loss has label {key!r}, but the shards' label columns are {', '.join(batch.judged)}"
-                + (f". Did you mean {near[0]}?" if near else "")
-            )
-        return match_pairs(batch.query.id, batch.judged[key])
+            return self.features.evaluated(batch, names)
+        visible = after_dropout(batch, self.modality_dropout)
+        views, gates = self.features.products(batch, names, visible, with_gates=self._logs_now())
+        self._log_gates(gates)
+        return views
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         total = self.trainer.estimated_stepping_batches
@@ -294,18 +220,11 @@ class RetrievalModule(StagedModule):
         """Raises ValueError where training would go on as another run: other model, stages, batch, seed or data."""
         if self._trainer is None or self._trainer.state.fn != "fit":
             return
-        ours, theirs = self._contract(), checkpoint.get("contract", {})
-        differs = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
-        if differs:
-            lines = [f"  {key}: the checkpoint has {theirs.get(key)}, this run {ours.get(key)}" for key in differs[:8]]
-            more = [f"  and {len(differs) - 8} more"] if len(differs) > 8 else []
-            raise ValueError(
-                "the checkpoint cannot be resumed as another run; make these equal or start afresh:\n"
-                + "\n".join(lines + more)
-            )
+        refuse_another_run(self._contract(), checkpoint.get("contract", {}))
 
     def _contract(self) -> dict[str, Any]:
-        return self.contract | {"manifest": self.data.manifest_hash}
+        tables = {f"data.pairs.{name}": sha256 for name, sha256 in self.data.pair_tables_in_use().items()}
+        return self.contract | {"manifest": self.data.manifest_hash} | tables
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
@@ -324,16 +243,12 @@ class RetrievalModule(StagedModule):
         self._collect(batch, dataloader_idx)
 
     def _collect(self, batch: QueryBatch | ProductBatch, loader: int) -> None:
-        collectors = list(self.collected.values())[loader]
         if isinstance(batch, QueryBatch):
-            vectors = {"query": self.features.queries(batch)}
+            vectors = {QUERY: self.features.queries(batch)}
         else:
             vectors = self.views(batch, set(self.product.views))
-        folder = self.evaluation.vectors if isinstance(batch, ProductBatch) else None
-        for view, rows in vectors.items():
-            if view not in collectors:
-                collectors[view] = Collector(Path(folder) if folder else None)
-            collectors[view].add(rows, batch.id, batch.valid)
+        collectors = list(self.collected.values())[loader]
+        collect(collectors, vectors, batch.id, batch.valid, self.evaluation.vectors)
 
     def on_validation_epoch_end(self) -> None:
         self._log_failures("val", "val")
@@ -358,22 +273,8 @@ class RetrievalModule(StagedModule):
 
     def _evaluate(self, options: Evaluation, intervals: bool = True) -> Int[Tensor, "catalogue"]:
         """Fills `results[split][view]`, equal on every rank; returns the order of ties."""
-        corpus = {view: collector.rows() for view, collector in self.collected.pop("corpus").items()}
-        queries = {name.removeprefix("queries/"): c["query"].rows() for name, c in self.collected.items()}
         tie = tie_ranks(self.data.product_ids())
-        self.results = {}
-        for split, rows in queries.items():
-            judgments = self.data.judgments(split)
-            self.results[split] = {
-                view: measured(
-                    rank_corpus(rows, corpus[view], tie, options.depth, chunk=options.chunk),
-                    judgments,
-                    options,
-                    intervals,
-                )
-                for view in self.product.views
-            }
-        self.collected = {}
+        self.results = measured_views(self.collected, self.searched, self.data, tie, options, intervals)
         self.features.release()
         return tie
 
@@ -383,7 +284,7 @@ class RetrievalModule(StagedModule):
         """Whether Lightning writes this training step; a value logged in between would be written late, or never."""
         return self.training and self._trainer is not None and self.trainer._logger_connector.should_update_logs
 
-    def _log_step(self, total: Tensor, terms: dict[str, Tensor], size: int) -> None:
+    def _log_step(self, total: Tensor, terms: dict[str, Tensor], batch: TupleBatch) -> None:
         if not self._logs_now():
             return
         values = {"train/loss": total, "stage": torch.tensor(float(self.stage), device=total.device)}
@@ -391,10 +292,12 @@ class RetrievalModule(StagedModule):
             values[f"train/{name}"] = term
             if isinstance(scale := getattr(self.losses[name], "scale", None), Tensor):
                 values[f"train/scale/{name}"] = scale
-        self.log_dict(values, batch_size=size, sync_dist=True)
+        for source, name in enumerate(self.data.hard_sources):
+            values[f"data/hard/{name}"] = (batch.hard == source).float().mean()
+        self.log_dict(values, batch_size=len(batch), sync_dist=True)
         groups = cast(torch.optim.Optimizer, self.optimizers()).param_groups
         rates = {f"lr/{group['name'].removesuffix('/no_decay')}": group["lr"] for group in groups}
-        self.log_dict(rates, batch_size=size, sync_dist=False)
+        self.log_dict(rates, batch_size=len(batch), sync_dist=False)
 
     def _log_failures(self, stage: Literal["fit", "val", "test"], prefix: str) -> None:
         """What failed in the stage's pass, on all ranks at once: of each reason from its first time on, also 0 then."""
@@ -404,11 +307,8 @@ class RetrievalModule(StagedModule):
         # the same on all ranks already
         self.log_dict({f"{prefix}/failed/{reason}": count for reason, count in failed.items()}, sync_dist=False)
 
-    def _log_gates(self, projected: dict[str, Any], present: Bool[Tensor, "product 2"]) -> None:
+    def _log_gates(self, gates: dict[str, Float[Tensor, "product"]]) -> None:
         """Mean and spread of the head's gates or expert weights over the batch."""
-        assert self.product.fusion is not None
-        with torch.no_grad():
-            gates = self.product.fusion.gates(projected["text"], projected["image"], present)
         for name, weights in gates.items():
             spread = {
                 f"gates/{name}/mean": weights.float().mean(),

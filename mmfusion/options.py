@@ -27,9 +27,11 @@ RESUME_KEEPS_OF_TRAINER = (
     "limit_train_batches",
 )  # fmt: skip
 
+Tables = dict[tuple[str, str], dict[str, Any]]  # by stage and name
+
 ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^\s?#]*)(\S*)")
 PIPE = re.compile(r"(?<!\w)pipe:.*", re.DOTALL)
-RATE = re.compile(r"--model\.stages\.([^.=]+)\.rates\.([^.=]+)=(.*)")
+OF_TABLE = re.compile(r"--model\.stages\.([^.=]+)\.(rates|losses\.more)\.([^.=]+)=(.*)")
 
 
 def shown(argument: str) -> str:
@@ -55,38 +57,46 @@ def all_shown(value: Any) -> Any:
     return shown(value) if isinstance(value, str) else value
 
 
-def with_merged_rates(argv: list[str]) -> list[str]:
-    """`--model.stages.S.rates.G=R` as the whole table of stage S: the parser would drop the stage's other rates."""
-    tables: dict[str, dict[str, Any]] = {}
+def with_merged_tables(argv: list[str]) -> list[str]:
+    """`--model.stages.S.rates.G=R` as the whole table of stage S: the parser would drop the stage's other rates.
+
+    The same for `--model.stages.S.losses.more.TERM=W`.
+    """
+    tables: Tables = {}
     joined = [
         f"--config={arg}" if before == "--config" else arg for before, arg in zip(["", *argv], argv, strict=False)
     ]
     rest = []
     for arg in (arg for arg in joined if arg != "--config"):
         if arg.startswith("--config="):
-            tables = _rates_after(tables, Path(arg.removeprefix("--config=")))
-        if match := RATE.fullmatch(arg):
-            stage, group, rate = match.groups()
-            tables.setdefault(stage, {})[group] = _number(rate)
-            rest.append(f"--model.stages.{stage}.rates={json.dumps(tables[stage])}")
+            tables = _tables_after(tables, Path(arg.removeprefix("--config=")))
+        if match := OF_TABLE.fullmatch(arg):
+            stage, table, name, value = match.groups()
+            tables.setdefault((stage, table), {})[name] = _number(value)
+            rest.append(f"--model.stages.{stage}.{table}={json.dumps(tables[stage, table])}")
         else:
             rest.append(arg)
     return rest
 
 
-def _rates_after(tables: dict[str, dict[str, Any]], file: Path) -> dict[str, dict[str, Any]]:
-    """Each stage's rates once a file is laid over: its stages replace those before, keeping what they do not name."""
+def _tables_after(tables: Tables, file: Path) -> Tables:
+    """Each stage's tables once a file is laid over: its stages replace those before, keeping what they do not name."""
     config = yaml.safe_load(file.read_text()) if file.is_file() else None
     stages = ((config or {}).get("model") or {}).get("stages")
     if not stages:
         return tables
-    return {name: dict(stage.get("rates", tables.get(name, {})) or {}) for name, stage in stages.items()}
+    found: Tables = {}
+    for name, stage in stages.items():
+        given = {"rates": stage.get("rates"), "losses.more": (stage.get("losses") or {}).get("more")}
+        for table, values in given.items():
+            found[name, table] = dict((tables.get((name, table)) if values is None else values) or {})
+    return found
 
 
-def _number(rate: str) -> float | str:
+def _number(value: str) -> float | str:
     with contextlib.suppress(ValueError):
-        return float(rate)
-    return rate
+        return float(value)
+    return value
 
 
 def explained(message: str, parser: LightningArgumentParser) -> str:
@@ -114,3 +124,15 @@ def contract(config: dict[str, Any]) -> dict[str, Any]:
     bound["trainer"] = {key: config["trainer"].get(key) for key in RESUME_KEEPS_OF_TRAINER}
     flat = {key.replace(".init_args.", "."): value for key, value in flattened(bound).items()}
     return {key: value for key, value in flat.items() if not key.startswith(RESUME_MAY_CHANGE)}
+
+
+def refuse_another_run(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Raises ValueError where the contract of a run differs from that of the checkpoint it would go on from."""
+    differs = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
+    if differs:
+        lines = [f"  {key}: the checkpoint has {theirs.get(key)}, this run {ours.get(key)}" for key in differs[:8]]
+        more = [f"  and {len(differs) - 8} more"] if len(differs) > 8 else []
+        raise ValueError(
+            "the checkpoint cannot be resumed as another run; make these equal or start afresh:\n"
+            + "\n".join(lines + more)
+        )

@@ -1,6 +1,8 @@
 """One progress bar for the whole run, named by its stage, with the time left; another for each pass over the corpus."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -31,6 +33,15 @@ class RunProgress(ProgressBar):
             total=total, desc=description, unit=unit, leave=leave, disable=not self.enabled, dynamic_ncols=terminal,
             mininterval=INTERVAL_ON_TERMINAL if terminal else INTERVAL_IN_LOG, file=sys.stderr,
         )  # fmt: skip
+
+    @contextmanager
+    def counting(self, description: str, total: int, unit: str) -> Iterator[tqdm]:
+        """A bar for work that is not in batches; it goes when the work is done."""
+        bar = self._bar(total, description, unit, leave=False)
+        try:
+            yield bar
+        finally:
+            bar.close()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.run_bar = self._bar(int(trainer.estimated_stepping_batches), "train", "step", leave=True)

@@ -1,28 +1,17 @@
 """Which parameters the active losses of a stage depend on, asked of autograd rather than guessed."""
 
 import contextlib
-import itertools
+import dataclasses
 from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mmfusion.batch import ProductBatch, TupleBatch
+from mmfusion.batch import TupleBatch
+from mmfusion.features import part_of
+from mmfusion.terms import sides, views_of
 from mmfusion.towers import ProductTower, QueryTower
-
-# The two sides of each loss term.
-TERM_VIEWS: dict[str, tuple[str, str]] = {
-    "query_product": ("query", "fused"),
-    "query_text": ("query", "text"),
-    "query_image": ("query", "image"),
-    "text_image": ("text", "image"),
-}
-
-
-def sides(terms: set[str]) -> set[str]:
-    """The views that loss terms need, `query` among them."""
-    return set(itertools.chain.from_iterable(TERM_VIEWS[term] for term in terms))
 
 
 @contextlib.contextmanager
@@ -64,17 +53,14 @@ def _surface(
     query: QueryTower, product: ProductTower, losses: nn.ModuleDict, terms: set[str], batch: TupleBatch
 ) -> Float[Tensor, ""]:
     """A scalar that depends on just what the terms depend on."""
-    few = slice(0, 2)
-    some = batch.product
-    complete = ProductBatch(
-        some.text[few], some.photo[few], torch.ones_like(some.present[few]), some.id[few], some.draw[few],
-        some.valid[few],
-    )  # fmt: skip
+    few = slice(0, min(2, len(batch)))  # the tuples' own rows come first
+    some = part_of(batch.product, few)
+    complete = dataclasses.replace(some, present=torch.ones_like(some.present))
     needed = sides(terms)
     projected = product.project(product.encode(complete, needed))
     vectors = product.vectors(projected, needed, complete.present)
     if "query" in needed:
         vectors["query"] = query(batch.query.text[few])
-    products = [(vectors[TERM_VIEWS[term][0]] * vectors[TERM_VIEWS[term][1]]).sum() for term in sorted(terms)]
+    products = [(vectors[left] * vectors[right]).sum() for left, right in map(views_of, sorted(terms))]
     scalars = [p.sum() for term in sorted(terms) for p in losses[term].parameters()]
     return torch.stack([*products, *scalars]).sum()

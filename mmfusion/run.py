@@ -23,7 +23,7 @@ from mmfusion.dashboard import final_values, log_evaluation
 from mmfusion.environment import MadeWith, commit
 from mmfusion.loggers import Wandb, make_loggers
 from mmfusion.module import RetrievalModule
-from mmfusion.options import all_shown, contract, explained, shown, with_merged_rates
+from mmfusion.options import all_shown, contract, explained, shown, with_merged_tables
 from mmfusion.outcome import leave, metrics_of, write_trec
 from mmfusion.progress import RunProgress
 from mmfusion.retrieval.report import read_results, write_results
@@ -48,13 +48,15 @@ class FusionCLI(LightningCLI):
     run_folder: Path
 
     @classmethod
-    def parse(cls, argv: list[str], run: Path | None) -> "FusionCLI":
+    def parse(
+        cls, argv: list[str], run: Path | None, model_class: type[RetrievalModule] = RetrievalModule
+    ) -> "FusionCLI":
         """`run` None: nothing is logged or saved (evaluation). Raises ArgumentError for a mistake in the options."""
         torch.set_float32_matmul_precision("high")
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
         return type("FusionCLI", (cls,), {"run_folder": run})(
-            model_class=RetrievalModule,
-            args=with_merged_rates(argv),
+            model_class=model_class,
+            args=with_merged_tables(argv),
             run=False,
             save_config_callback=None,
             trainer_defaults={"logger": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False},
@@ -201,7 +203,7 @@ def evaluate_run(
     for name, folder in (("OUT", out), ("--trec", trec)):
         if folder is not None and folder.exists() and not folder.is_dir():
             raise ValueError(f"{name}={folder} is a file; expected a folder, new or old")
-    config, checkpoint = _config_of(run), best_of(run)
+    config, checkpoint = config_of(run), best_of(run)
     overrides = [f"--data.init_args.test_splits=[{split}]"] + ([f"--data.init_args.path={data}"] if data else [])
     cli = FusionCLI.parse([f"--config={config}", *overrides, *rest], None)
     cli.model.hybrid_weight = _hybrid_weight(run)
@@ -214,7 +216,8 @@ def evaluate_run(
         print(f"results: {folder / 'results.json'}")
 
 
-def _config_of(run: Path) -> Path:
+def config_of(run: Path) -> Path:
+    """The run's resolved options. Raises FileNotFoundError for a folder that is no run."""
     config = run / "config.yaml"
     if not config.is_file():
         raise FileNotFoundError(f"RUN={run} is no run: it holds no config.yaml. Runs are folders runs/<exp>/<version>")
@@ -233,7 +236,7 @@ def data_of(run: Path) -> RetrievalData:
     own = home(run)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningDataModule, "data")
-    config = yaml.safe_load(_config_of(own).read_text(encoding="utf-8"))["data"]
+    config = yaml.safe_load(config_of(own).read_text(encoding="utf-8"))["data"]
     config["init_args"] |= {"path": about["data"], "test_splits": None}
     data = parser.instantiate_classes(parser.parse_object({"data": config})).data
     data.setup("test")

@@ -64,20 +64,25 @@ class LossWeights:
         query_text: the query with the product's text
         query_image: the query with the product's photo
         text_image: the product's text with its own photo
+        more: the terms of losses.more, by name
     """
 
     query_product: float = 0.0
     query_text: float = 0.0
     query_image: float = 0.0
     text_image: float = 0.0
+    more: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        negative = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) < 0}
+        negative = {name: weight for name, weight in self._all().items() if weight < 0}
         if negative:
             raise ValueError(f"loss weights must not be negative; received {negative}")
 
     def active(self) -> dict[str, float]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) > 0}
+        return {name: weight for name, weight in self._all().items() if weight > 0}
+
+    def _all(self) -> dict[str, float]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "more"} | self.more
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 
 from fsspec.implementations.local import LocalFileSystem
 
-from datamodules.manifest import Manifest, read_manifest
+from datamodules.manifest import Manifest, pair_file, read_manifest
 from datamodules.stores.address import Address, without_secrets
 from datamodules.stores.cache import GIB, Cache, Kept
 from datamodules.stores.pipe import Pipe, piped
@@ -32,7 +32,7 @@ class Store(Protocol):
     manifest: Manifest
 
     def path(self, name: str) -> Path:
-        """A whole local file: the file itself, or fetched into the cache first.
+        """A whole local file: the file itself, or fetched into the cache first. Also pairs/<name>.parquet.
 
         Raises ShardError: "missing shard", "unreachable" (after several tries) or "checksum" (it is not what the
         manifest says); ValueError when `name` is no plain file name or not in the manifest, or the cache is full.
@@ -50,9 +50,11 @@ class LocalStore:
         self.folder, self.address = folder, str(folder)
         self.manifest = read_manifest(folder)
         _check_names(self.manifest, self.address)
+        self._pairs = {pair_file(name) for name in self.manifest.pairs}
 
     def path(self, name: str) -> Path:
-        path = self.folder / (name if name == MANIFEST else plain(name, self.address))
+        known = name == MANIFEST or name in self._pairs
+        path = self.folder / (name if known else plain(name, self.address))
         if not path.is_file():
             raise ShardError(
                 "missing shard", f"{path} is missing: the shards are not complete, copy or import them again"
@@ -72,6 +74,10 @@ class RemoteStore:
         self.manifest = _parsed(manifest, self.address)
         files = {name: Kept(sha256, None) for name, sha256 in self.manifest.tables.items()}
         files |= {shard.name: Kept(shard.sha256, shard.bytes) for shard in self.manifest.shards}
+        pairs = self.manifest.pairs
+        # Under a name of its content's: a table of pairs may be replaced, while the cache belongs to the same hash.
+        self._pairs = {pair_file(name): f"{name}.{pair.sha256[:32]}.pairs" for name, pair in pairs.items()}
+        files |= {self._pairs[pair_file(name)]: Kept(pair.sha256, None) for name, pair in pairs.items()}
         most_bytes = None if cache_gib is None else int(cache_gib * GIB)
         self._cache = Cache(root, self.manifest.hash[:32], files, most_bytes)
         self._cache.write(MANIFEST, manifest)
@@ -82,10 +88,14 @@ class RemoteStore:
     def path(self, name: str) -> Path:
         if name == MANIFEST:
             return self._cache.folder / name
-        if plain(name, self.address) not in self._cache.files:
+        kept = self._pairs.get(name) or plain(name, self.address)
+        if kept not in self._cache.files:
             raise ValueError(f"{self.address}/{MANIFEST} lists no {name}; expected one of its shards or tables")
-        copy = partial(self._source.copy, name, size=self._cache.files[name].bytes)
-        return self._cache.path(name, self.address, copy)
+        copy = partial(self._source.copy, name, size=self._cache.files[kept].bytes)
+        try:
+            return self._cache.path(kept, self.address, copy)
+        except ShardError as error:
+            raise ShardError(error.reason, str(error).replace(kept, name)) from None
 
     def fetch(self, names: Sequence[str]) -> None:
         waiting = deque(name for name in self._cache.fitting(names) if not self._cache.has(name))

@@ -1,6 +1,6 @@
 """Samples of shards -> the batches of mmfusion.batch. Reads what it is asked for; the order is plan.py's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
@@ -10,15 +10,19 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from datamodules.negatives import RANDOM, Candidates
 from datamodules.photos.decode import PhotoError, decode_photo
 from datamodules.plan import chosen, draws, points
 from datamodules.shards import Sample, ShardError, Shards
 from datamodules.stream.failures import Failed
+from datamodules.stream.pairs import PairOptions, ScoresOfProducts
 from datamodules.stream.photo_cache import PhotoCache
 from datamodules.stream.substitutes import TRIES, substitutes
 from mmfusion.batch import Judged, ProductBatch, QueryBatch, TupleBatch
 
 GROUP = 32  # samples that are read before their photos are decoded: each kind of work finds the caches as it left them
+NO_PAIRS = PairOptions()
+Photos = tuple[UInt8[np.ndarray, "tuple 3 height width"], UInt8[np.ndarray, "hard 3 height width"]]
 B = TypeVar("B", QueryBatch, ProductBatch, Judged)
 
 
@@ -63,17 +67,25 @@ class Reader:
     """Makes batches of products, of queries and of tuples; safe to fork and to pickle.
 
     Beside a batch it returns what failed. A photo that cannot be decoded is absent. A sample that cannot be read is
-    replaced in a batch of tuples by another product (see substitutes.py), with the only slot of one and its own draw;
-    in a batch of products it stays, with neither text nor photo.
+    replaced in a batch of tuples by another product (see substitutes.py), with the only slot of one and its own draw,
+    and as a hard negative by one at random; in a batch of products it stays, with neither text nor photo.
     """
 
-    def __init__(self, shards: Shards, look: Look, damping: float, cache_mib: int) -> None:
-        self._arguments = (shards, look, damping, cache_mib)
-        self.shards, self.look, self.damping = shards, look, damping
+    def __init__(
+        self, shards: Shards, look: Look, damping: float, cache_mib: int, pairs: PairOptions = NO_PAIRS
+    ) -> None:
+        self._arguments = (shards, look, damping, cache_mib, pairs)
+        self.shards, self.look, self.damping, self.pairs = shards, look, damping, pairs
         self.cache = PhotoCache(len(shards) if look.image else 0, look.image_size, cache_mib)
 
-    def __reduce__(self) -> tuple[type["Reader"], tuple[Shards, Look, float, int]]:
+    def __reduce__(self) -> tuple[type["Reader"], tuple[Shards, Look, float, int, PairOptions]]:
         return Reader, self._arguments
+
+    def prepare(self) -> None:
+        """Reads what tuples need besides samples, so that forked workers share it. Raises ValueError (see pairs.py)."""
+        if self.pairs.hard_negatives:
+            _ = self._candidates
+        _ = self._scored
 
     @cached_property
     def _rarity(self) -> np.ndarray:
@@ -83,6 +95,14 @@ class Reader:
     @cached_property
     def _trainable(self) -> np.ndarray:
         return np.flatnonzero(self.shards.index.trainable)
+
+    @cached_property
+    def _candidates(self) -> Candidates:
+        return self.pairs.candidates(self.shards)
+
+    @cached_property
+    def _scored(self) -> dict[str, ScoresOfProducts]:
+        return self.pairs.scored(self.shards)
 
     def queries(self, ids: Int64[np.ndarray, "query"]) -> QueryBatch:
         texts = [str(text) for text in self.shards.queries.query[ids]]
@@ -95,23 +115,34 @@ class Reader:
         photo = self._room(len(ids))
         return self._products(ids, draw, self._read(ids, photo, failed), photo), failed
 
-    def tuples(
-        self, request: Request, photo: UInt8[np.ndarray, "tuple 3 height width"] | None = None
-    ) -> tuple[TupleBatch, list[Failed]]:
-        """One tuple for each slot: the product with one query of its train positives. `photo`: memory for the photos.
+    def tuples(self, request: Request, photos: Photos | None = None) -> tuple[TupleBatch, list[Failed]]:
+        """One tuple for each slot, the product with one query of its train positives, and their hard negatives.
 
-        Raises ValueError when no substitute of a product can be read.
+        `photos`: memory for the photos of the tuples and for those of their negatives, if the batch is not to hold
+        them. Raises ValueError when no substitute of a product can be read.
         """
-        failed: list[Failed] = []
-        photo = self._room(len(request.product)) if photo is None else photo
-        read = self._read(request.product, photo, failed)
-        shown = [one or self._substitute(request, row, photo[row], failed) for row, one in enumerate(read)]
+        if photos is None:
+            count = len(request.product)
+            whole = self._room(count * (1 + self.pairs.hard_negatives))
+            batch, failed = self.tuples(request, (whole[:count], whole[count:]))
+            return replace(batch, product=replace(batch.product, photo=torch.from_numpy(whole))), failed
+        own, beside = photos
+        failed = []
+        read = self._read(request.product, own, failed)
+        shown = [one or self._substitute(request, row, own[row], failed) for row, one in enumerate(read)]
         samples = [one.sample for one in shown]
         request = _with_substitutes(request, samples)
         where = points(request.draw, request.number, request.slots).tolist()
         query = np.array([self._query(*row) for row in zip(samples, where, strict=True)], dtype=np.int64)
-        products = self._products(request.product, request.draw, shown, photo)
-        return TupleBatch(self.queries(query), products, self._judged(samples)), failed
+        product, source, others = self._negatives(request, query, beside, failed)
+        product, shown = np.concatenate([request.product, product]), [*shown, *others]
+        return TupleBatch(
+            query=self.queries(query),
+            product=self._products(product, draws(request.seed, request.epoch, product), shown, None),
+            judged=self._judged([one.sample for one in shown]),
+            scores={name: scored.listed(product) for name, scored in self._scored.items()},
+            hard=torch.from_numpy(source),
+        ), failed
 
     def text(self, texts: Mapping[str, str]) -> str:
         """Of a product's fields the chosen ones that say something, joined by a space."""
@@ -171,12 +202,55 @@ class Reader:
         self.cache.put(sample.id, pixels)
         return True
 
+    def _negatives(
+        self,
+        request: Request,
+        query: Int64[np.ndarray, "tuple"],
+        photo: UInt8[np.ndarray, "hard 3 height width"],
+        failed: list[Failed],
+    ) -> tuple[Int64[np.ndarray, "hard"], Int64[np.ndarray, "hard"], list[Shown]]:
+        """Dense ids and sources of the tuples' hard negatives, and what is shown of them."""
+        k = self.pairs.hard_negatives
+        if not k:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64), []
+        found, source = self._candidates.draw(request.seed, request.epoch, query, request.product, k)
+        shown = []
+        for row, one in enumerate(self._read(found.reshape(-1), photo, failed)):
+            i, j = divmod(row, k)
+            shown.append(one or self._instead(request, int(query[i]), i, j, found[i], photo[row], failed))
+            if one is None:
+                found[i, j], source[i, j] = shown[row].sample.id, RANDOM
+        return found.reshape(-1), source.reshape(-1), shown
+
+    def _instead(
+        self,
+        request: Request,
+        query: int,
+        row: int,
+        j: int,
+        taken: Int64[np.ndarray, "k"],
+        pixels: UInt8[np.ndarray, "3 height width"],
+        failed: list[Failed],
+    ) -> Shown:
+        """Of the tuple in `row`, whose negatives are `taken`, another one for the j-th."""
+        place = (request.seed, request.epoch, query, int(request.product[row]), j)
+        return self._first(self._candidates.instead(*place, taken.tolist()), int(taken[j]), pixels, failed)
+
     def _substitute(
         self, request: Request, row: int, pixels: UInt8[np.ndarray, "3 height width"], failed: list[Failed]
     ) -> Shown:
-        """A substitute that cannot be read is not noted here, but in its own turn; one shown without its photo is."""
         product, number = int(request.product[row]), int(request.number[row])
-        for id in substitutes(self._trainable, request.seed, request.epoch, product, number):
+        others = substitutes(self._trainable, request.seed, request.epoch, product, number)
+        return self._first(others, product, pixels, failed)
+
+    def _first(
+        self, ids: Iterator[int], product: int, pixels: UInt8[np.ndarray, "3 height width"], failed: list[Failed]
+    ) -> Shown:
+        """The first that can be read, in place of `product`.
+
+        One that cannot is not noted here, but in its own turn; one shown without its photo is.
+        """
+        for id in ids:
             try:
                 shown = self._shown(self._sample(id), pixels, failed)
             except ShardError as error:
@@ -191,13 +265,15 @@ class Reader:
         ids: Int64[np.ndarray, "product"],
         draw: Int64[np.ndarray, "product"],
         shown: Sequence[Shown | None],
-        photo: UInt8[np.ndarray, "product 3 height width"],
+        photo: UInt8[np.ndarray, "product 3 height width"] | None,
     ) -> ProductBatch:
+        """Without `photo`, of one byte: it is shown elsewhere."""
         texts = [self.text(one.sample.texts) if one and self.look.text else "" for one in shown]
         present = [[text != "", one is not None and one.photo] for text, one in zip(texts, shown, strict=True)]
+        shape = (len(ids), 3, *self.look.image_size)
         return ProductBatch(
             text=texts,
-            photo=torch.from_numpy(photo),
+            photo=torch.zeros(1, dtype=torch.uint8).expand(shape) if photo is None else torch.from_numpy(photo),
             present=torch.tensor(present, dtype=torch.bool).reshape(-1, 2),
             id=torch.from_numpy(ids),
             draw=torch.from_numpy(draw),
@@ -235,23 +311,42 @@ def _with_substitutes(request: Request, samples: Sequence[Sample]) -> Request:
     return replace(request, product=product, number=request.number * own, slots=np.where(own, request.slots, 1))
 
 
-def joined(parts: Sequence[TupleBatch], photo: UInt8[Tensor, "tuple 3 height width"] | None = None) -> TupleBatch:
-    """One batch of the parts' tuples, in their order; with `photo` instead of their own, where that is given."""
+def joined(parts: Sequence[TupleBatch], photo: UInt8[Tensor, "product 3 height width"] | None = None) -> TupleBatch:
+    """One batch of the parts' tuples, in their order, and then of their hard negatives; with `photo` instead of their
+    own, where that is given."""
     if len(parts) == 1:
         product = parts[0].product if photo is None else replace(parts[0].product, photo=photo)
         return replace(parts[0], product=product)
-    starts = np.cumsum([0, *(len(part) for part in parts)])
-    judged = {
-        column: _concatenated(
-            [
-                replace(part.judged[column], product=part.judged[column].product + int(start))
-                for part, start in zip(parts, starts, strict=False)
-            ]
-        )
-        for column in parts[0].judged
-    }
-    product = _concatenated([part.product for part in parts], **({} if photo is None else {"photo": photo}))
-    return TupleBatch(_concatenated([part.query for part in parts]), product, judged)
+    blocks = [(part.product, slice(len(part))) for part in parts]
+    blocks += [(part.product, slice(len(part), None)) for part in parts if len(part.hard)]
+    return TupleBatch(
+        query=_concatenated([part.query for part in parts]),
+        product=_concatenated([_rows(*block) for block in blocks], **({} if photo is None else {"photo": photo})),
+        judged={column: _joined_lists(parts, [part.judged[column] for part in parts]) for column in parts[0].judged},
+        scores={table: _joined_lists(parts, [part.scores[table] for part in parts]) for table in parts[0].scores},
+        hard=torch.cat([part.hard for part in parts]),
+    )
+
+
+def _rows(batch: ProductBatch, rows: slice) -> ProductBatch:
+    return ProductBatch(**{f.name: getattr(batch, f.name)[rows] for f in fields(batch)})
+
+
+def _joined_lists(parts: Sequence[TupleBatch], lists: Sequence[Judged]) -> Judged:
+    """The entries of the parts' tuples, then those of their hard negatives, with the rows that these have together."""
+    counts, hard = [len(part) for part in parts], [len(part.hard) for part in parts]
+    starts = np.cumsum([0, *counts, *hard]).tolist()
+    ends = [int(torch.searchsorted(one.product, count)) for one, count in zip(lists, counts, strict=True)]
+    moved = [_entries(one, slice(end), start) for one, end, start in zip(lists, ends, starts, strict=False)]
+    if any(hard):
+        rest = zip(lists, ends, starts[len(parts) :], counts, strict=False)
+        moved += [_entries(one, slice(end, None), start - count) for one, end, start, count in rest]
+    return _concatenated(moved)
+
+
+def _entries(judged: Judged, entries: slice, shift: int) -> Judged:
+    part = Judged(**{f.name: getattr(judged, f.name)[entries] for f in fields(judged)})
+    return replace(part, product=part.product + shift)
 
 
 def _concatenated(parts: Sequence[B], **given: Any) -> B:

@@ -2,7 +2,6 @@
 
 import mmap
 import weakref
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,7 +16,8 @@ BLOCKS = 4  # two batches asked for ahead (DataLoader's prefetch_factor), one th
 
 
 class PhotoBlocks:
-    """Photos of `count` batches. A block is free again when nobody holds the tensor that it was given out as.
+    """Photos of `count` batches, each of `batch` products. A block is free again when nobody holds the tensor that it
+    was given out as.
 
     The memory is shared with forked workers: photos need neither pickling, nor /dev/shm, nor a copy of the whole batch.
     It is kept: `count` times a batch of uint8 pixels.
@@ -25,7 +25,7 @@ class PhotoBlocks:
     """
 
     def __init__(self, count: int, shape: tuple[int, ...]) -> None:
-        self._shape = shape
+        self._shape, self.batch = shape, shape[0]
         pixels = np.frombuffer(
             mmap.mmap(-1, max(1, count * int(np.prod(shape)))), np.uint8
         )  # takes memory when written
@@ -65,7 +65,7 @@ class PhotoBlocks:
 
 
 class IntoBlocks:
-    """What a worker does with a request: the photos go into the block, the rest of the batch is sent."""
+    """What a worker does with a request: the photos go into the block, where they are read; the rest is sent."""
 
     def __init__(self, reader: Reader, blocks: PhotoBlocks) -> None:
         self._reader, self._blocks = reader, blocks
@@ -73,8 +73,8 @@ class IntoBlocks:
     def __call__(self, request: Request) -> tuple[TupleBatch, list[Failed]]:
         if request.block is None:
             return self._reader.tuples(request)
-        rows = self._blocks.rows(request.block, request.start, len(request.product))
-        batch, failed = self._reader.tuples(request, rows)
-        shape = batch.product.photo.shape
-        sent = torch.zeros(1, dtype=torch.uint8).expand(shape)  # of one byte: in its place the block's rows are read
-        return replace(batch, product=replace(batch.product, photo=sent)), failed
+        count, k = len(request.product), self._reader.pairs.hard_negatives
+        negatives = self._blocks.batch // (1 + k) + request.start * k  # behind the tuples of all shares
+        rows = [(request.start, count), (negatives, count * k)]
+        own, beside = (self._blocks.rows(request.block, *place) for place in rows)
+        return self._reader.tuples(request, (own, beside))

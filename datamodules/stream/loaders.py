@@ -77,7 +77,8 @@ class TupleLoader:
         rows = plan.size // ranks
         workers = min(workers, rows)
         shared = reader.look.image and (FORKS or not workers)
-        self._blocks = PhotoBlocks(BLOCKS if shared else 0, (rows, 3, *reader.look.image_size))
+        self._of_tuple = 1 + reader.pairs.hard_negatives
+        self._blocks = PhotoBlocks(BLOCKS if shared else 0, (rows * self._of_tuple, 3, *reader.look.image_size))
         self._shares = _Shares(plan, slots, rank, ranks, max(workers, 1), self._blocks)
         self._reading = partial(reading, IntoBlocks(reader, self._blocks), self._shares, workers, persistent=True)
         self._open: DataLoader[Any] | None = None
@@ -89,7 +90,7 @@ class TupleLoader:
 
     def _counting(self) -> Failures:
         since = f" from step {self._shares.step}" if self._shares.step else ""
-        what, products = f"epoch {self._shares.epoch}{since}", self.plan.steps * self.plan.size
+        what, products = f"epoch {self._shares.epoch}{since}", self.plan.steps * self.plan.size * self._of_tuple
         return Failures(what, products, self.max_broken, instead="replaced by other products")
 
     def __iter__(self) -> Iterator[TupleBatch]:

@@ -1,17 +1,21 @@
 """What a model and its evaluation ask of shards besides batches: texts, ids, judgments, thumbnails."""
 
 import difflib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float32, Int64
 
+from datamodules.manifest import PairKind, pair_file
+from datamodules.pair_tables import RESERVED, write_pair_table
 from datamodules.photos.decode import PhotoError, thumbnail
 from datamodules.plan import draws
 from datamodules.shards import ShardError, Shards
-from datamodules.stores.store import shown
+from datamodules.stores.store import LocalStore, shown
 from datamodules.stream.batches import Look, Reader
 from datamodules.stream.failures import Failed, Failures
 from datamodules.stream.loaders import EVALUATION
@@ -118,6 +122,38 @@ class ShardsData:
     def gains(self) -> dict[str, Any]:
         """Per label column: what its labels are worth (None: numbers, their own gains), and the least positive gain."""
         return {name: asdict(label) for name, label in self.shards.manifest.labels.items()}
+
+    def pair_tables(self) -> dict[str, dict[str, Any]]:
+        return {name: asdict(table) for name, table in self.shards.manifest.pairs.items()}
+
+    def check_pair_table(self, name: str) -> None:
+        pair_file(name)
+        self._folder_of_pairs()
+        if name in RESERVED or name in self.shards.manifest.pairs:
+            taken = "exists" if name in self.shards.manifest.pairs else "is another source's name"
+            raise ValueError(f"{self.address}: the table of pairs {name!r} {taken}: choose another name")
+
+    def add_pair_table(
+        self,
+        name: str,
+        kind: PairKind,
+        query: Int64[np.ndarray, "row"],
+        product: Int64[np.ndarray, "row"],
+        score: Float32[np.ndarray, "row"],
+        made_by: dict[str, Any],
+    ) -> Path:
+        return write_pair_table(self._folder_of_pairs(), name, kind, query, product, score, made_by)
+
+    def _folder_of_pairs(self) -> Path:
+        """Raises ValueError where none can be written."""
+        store = self.shards.store
+        if not isinstance(store, LocalStore):
+            raise ValueError(
+                f"tables of pairs are written into a local folder of shards, not to {self.address}: copy the shards"
+            )
+        if not os.access(store.folder, os.W_OK):
+            raise ValueError(f"tables of pairs are written beside the shards: {store.folder} cannot be written to")
+        return store.folder
 
     def _tell(self, what: str, products: int, failed: list[Failed]) -> None:
         failures = Failures(what, products, instead="taken without text and photo")

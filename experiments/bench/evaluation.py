@@ -9,22 +9,19 @@ The clock is never a test: a row over its limit says so and the exit code stays 
 """
 
 import argparse
-import ctypes
-import gc
 import multiprocessing
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
+from measured import GIB, REPEATS, Runs, console, said, status, verdict
 from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -35,7 +32,7 @@ from mmfusion.retrieval.metrics import parse_metric, ranked_gains
 from mmfusion.retrieval.topk import TopK, search, tie_ranks
 from mmfusion.retrieval.vectors import VectorFile, write_vectors
 
-K, REPEATS, THREADS, GIB = 100, 3, 2, 2**30
+K, THREADS = 100, 2
 TOPIC, NOISE = 100, 1.5  # products of a topic; how far vectors lie from its centre, whose norm is 1
 GAINS = {"E": 1.0, "S": 0.1, "C": 0.01, "I": 0.0}
 JUDGED = ["E"] * 10 + ["S"] * 10 + ["C"] * 5 + ["I"] * 5  # of each query, by similarity; E and S are relevant
@@ -43,8 +40,6 @@ DISK_QUERIES, DISK_MEMORY = 1000, 2 * GIB
 # The default list of sentence-transformers' evaluator, in our names.
 SHARED = [f"{family}@{k}" for family in ("hit_rate", "precision", "recall") for k in (1, 3, 5, 10)]
 METRICS = [*SHARED, "mrr@10", "ndcg@10", "map@100"]
-
-console = Console(width=None if os.isatty(1) else 150)
 
 
 @dataclass
@@ -84,40 +79,6 @@ def clustered(queries: int, products: int, dim: int, seed: int) -> Data:
     ids = [f"p{product}" for product in range(products)]
     ascending = products - 1 - tie_ranks(ids)  # equal scores by id ascending, as sentence-transformers has them
     return Data(torch.from_numpy(query_vectors), torch.from_numpy(product_vectors), judgments, ids, ascending)
-
-
-@dataclass
-class Runs:
-    """What runs of one contestant took: seconds each, and the most bytes that any added to the process."""
-
-    seconds: list[float] = field(default_factory=list)
-    bytes: int = 0
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    def run(self, work: Callable[[], Any], apart: bool = False) -> Any:
-        """apart: time and memory in a run each. A peak is measured from a heap that is given back to the system before,
-        and what takes milliseconds would be timed fetching its pages again."""
-        if apart:
-            work()  # what is left of other contestants goes from the processor's cache
-            start = time.perf_counter()
-            work()
-            timed = time.perf_counter() - start
-        gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts from here
-        before, start = _status("VmRSS"), time.perf_counter()
-        result = work()
-        self.seconds.append(timed if apart else time.perf_counter() - start)
-        self.bytes = max(self.bytes, _status("VmHWM") - before)
-        return result
-
-
-def _status(name: str) -> int:
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return 1024 * int(status.split(f"{name}:")[1].split()[0])
 
 
 def our_search(data: Data) -> TopK:
@@ -257,10 +218,6 @@ def add_row(table: Table, what: str, ours: Runs, peer: str, theirs: Runs, least:
     )  # fmt: skip
 
 
-def verdict(holds: bool) -> str:
-    return "[green]PASS[/]" if holds else "[red]over limit[/]"
-
-
 def random_vectors(rows: int, dim: int, seed: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, rows, 50_000):
@@ -274,7 +231,7 @@ def search_file(path: Path, wanted: Tensor) -> tuple[float, int, Tensor]:
     queries, everything = vectors[wanted], torch.arange(len(vectors))
     start = time.perf_counter()
     found = search(queries, vectors, everything, everything, K)
-    return time.perf_counter() - start, _status("VmHWM"), found.ids[:, 0]
+    return time.perf_counter() - start, status("VmHWM"), found.ids[:, 0]
 
 
 def search_from_disk(products: int, dim: int, seed: int) -> None:
@@ -298,10 +255,6 @@ def search_from_disk(products: int, dim: int, seed: int) -> None:
         f"{right:,} of {queries:,} queries, which are rows of the file, found themselves first",
         highlight=False,
     )
-
-
-def said(line: str, started: float = time.perf_counter()) -> None:
-    console.print(f"[dim]{time.perf_counter() - started:6.1f} s[/]  {line}", highlight=False)
 
 
 def main() -> None:

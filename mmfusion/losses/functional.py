@@ -1,62 +1,62 @@
 """The mathematics of the losses, on tensors alone: no ranks, no Lightning, no parameters.
 
-Numerical policy: similarities and losses in fp32 or wider (under autocast too), and sums of exponentials only as
-log-sum-exp, so that a scale of 100 is safe. What is masked has the lowest finite similarity, not minus infinity: its
-probability is exactly 0 and a row of which nothing is left has gradient 0, not NaN.
+Numerical policy, of all losses: similarities and losses in fp32 or wider (under autocast too), and sums of exponentials
+only as log-sum-exp, so that a scale of 100 is safe. What is masked has the lowest finite similarity, not minus
+infinity: its probability is exactly 0 and a row of which nothing is left has gradient 0, not NaN.
 """
 
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-
-from mmfusion.losses.pairs import Pairs
 
 Positives = Literal["any", "each"]
 
 
-def info_nce(
-    query: Float[Tensor, "query dim"],
-    product: Float[Tensor, "product dim"],
-    pairs: Pairs,
-    scale: Float[Tensor, ""],
-    *,
-    valid: Bool[Tensor, "product"],
+def graded_info_nce(
+    negatives: Float[Tensor, "query"],
+    listed: Float[Tensor, "pair"],
+    query: Int[Tensor, "pair"],
+    gain: Float[Tensor, "pair"],
     positives: Positives = "any",
 ) -> Float[Tensor, "query"]:
-    """Each query's contrastive loss against all valid products; 0 for a query without a positive pair.
+    """Each query's contrastive loss, in which a listed pair beats all that is worth less; 0 for a query without a pair.
 
-    Rows are unit-norm; `pairs` are (query, product) rows of valid products; ignored pairs are in no denominator.
-    any: -log of the sum over positives of p(product | query): they share the probability, the best may have it all
-    (MIL-NCE, Miech 2020, arXiv 1912.06430, eq. 1; with one positive InfoNCE, van den Oord 2018, 1807.03748, eq. 4).
-    each: the mean over positives of InfoNCE against the negatives alone, so that every positive must win (SupCon,
-    Khosla 2020, 2004.11362, eq. 2, less the other positives in its denominator, which push one another away).
+    negatives: log-sum-exp over a query's negatives. listed, gain: similarity and gain (> 0) of the listed pairs, sorted
+    by `query`. With s the similarities (scale * query . product), g the gains, 0 for negatives, and U the units of a
+    query, loss = sum over U of g_u * l_u / sum over U of g_u, where
+    any: a unit is all products of one gain, l_u = -log of sum over j of U e^s_j / sum over k with g_k <= g_u of e^s_k:
+    they share the probability, the best may have it all. With one gain MIL-NCE (Miech 2020, arXiv 1912.06430, eq. 1),
+    with one positive InfoNCE (van den Oord 2018, 1807.03748, eq. 4); with several gains the ranking losses' terms of
+    RINCE (Hoffmann 2022, 2201.11736), which leaves better products out of a grade's denominator.
+    each: a unit is one product, l_u = -log of e^s_u / (e^s_u + sum over k with g_k < g_u of e^s_k): every positive must
+    win. With one gain SupCon (Khosla 2020, 2004.11362, eq. 2) less the other positives in its denominator, which push
+    one another away. Gains weigh as in GCL (Zhu 2024, 2404.08535).
     """
     if positives not in get_args(Positives):
         raise ValueError(f"positives is {positives!r}; choose one of {', '.join(get_args(Positives))}")
-    logits = similarities(query, product, scale, valid)
-    loss = _any_positive(logits, pairs) if positives == "any" else _each_positive(logits, pairs)
-    return torch.where(has_pair(pairs.positive, len(query)), loss, 0)
+    if not len(listed):
+        return negatives * 0 + listed.sum()  # of both, for ranks that hold none: backward passes meet in gather.py
+    order = gain.argsort(stable=True)
+    order = order[query[order].argsort(stable=True)]
+    listed, query, gain = listed[order], query[order], gain[order]
+    row_starts, grade_starts = _starts(query), _starts(query) | _starts(gain)
+    worse = _worse(listed, row_starts, grade_starts)
+    if positives == "any":
+        unit = grade_starts.cumsum(0) - 1
+        listed = segment_logsumexp(listed, unit, int(unit[-1]) + 1)
+        worse, query, gain = worse[grade_starts], query[grade_starts], gain[grade_starts]
+    losses = -logsigmoid(listed - torch.logaddexp(negatives[query], worse))  # exact: softplus cuts off above 20
+    gain = gain.to(losses.dtype)
+    total = torch.zeros_like(negatives).index_add(0, query, gain)
+    return torch.zeros_like(negatives).index_add(0, query, losses * gain / total[query])
 
 
-def similarities(
-    query: Float[Tensor, "query dim"],
-    product: Float[Tensor, "product dim"],
-    scale: Float[Tensor, ""],
-    valid: Bool[Tensor, "product"],
-) -> Float[Tensor, "query product"]:
-    """scale * query . product, in fp32 or wider; the lowest finite number for products that are not valid."""
-    with torch.autocast(query.device.type, enabled=False):
-        query, product = widened(scale) * widened(query), widened(product)
-        masked = torch.zeros_like(product[:, 0]).masked_fill(~valid, lowest(product))
-        return torch.addmm(masked, query, product.T)  # the mask rides along: no pass over the square matrix
-
-
-def has_pair(pairs: Int[Tensor, "pair 2"], rows: int) -> Bool[Tensor, "{rows}"]:
-    """Which of `rows` left rows occur in `pairs`."""
-    return torch.zeros(rows, dtype=torch.bool, device=pairs.device).index_fill(0, pairs[:, 0], True)
+def row_weights(query: Int[Tensor, "pair"], gain: Float[Tensor, "pair"], rows: int) -> Float[Tensor, "{rows}"]:
+    """What a row counts in a mean: the gain of its best listed pair; 0 without one."""
+    return gain.new_zeros(rows).scatter_reduce(0, query, gain, "amax")
 
 
 def segment_logsumexp(
@@ -78,20 +78,23 @@ def lowest(value: Float[Tensor, "*shape"]) -> float:
     return torch.finfo(value.dtype).min
 
 
-def _any_positive(logits: Float[Tensor, "query product"], pairs: Pairs) -> Float[Tensor, "query"]:
-    log_p = _without(logits, pairs.ignored).log_softmax(1)  # a fused kernel: .8 of the time of logsumexp
-    return -segment_logsumexp(log_p[pairs.positive.unbind(1)], pairs.positive[:, 0], len(logits))
+def _starts(value: Tensor) -> Tensor:
+    """Where a value differs from the one before; the first one does."""
+    return torch.cat([value.new_ones(1, dtype=torch.bool), value[1:] != value[:-1]])
 
 
-def _each_positive(logits: Float[Tensor, "query product"], pairs: Pairs) -> Float[Tensor, "query"]:
-    row = pairs.positive[:, 0]
-    similarity = logits[pairs.positive.unbind(1)]
-    negatives = _without(logits, torch.cat([pairs.positive, pairs.ignored])).logsumexp(1)
-    losses = -logsigmoid(similarity - negatives[row])  # exact: softplus cuts off above 20
-    count = torch.bincount(row, minlength=len(logits)).clamp(min=1)
-    return torch.zeros_like(negatives).index_add(0, row, losses) / count
-
-
-def _without(logits: Float[Tensor, "query product"], pairs: Int[Tensor, "out 2"]) -> Float[Tensor, "query product"]:
-    """`logits`, in place, with the lowest finite number at `pairs`."""
-    return logits.index_put_(pairs.unbind(1), logits.new_tensor(lowest(logits))) if len(pairs) else logits
+def _worse(listed: Tensor, row_starts: Tensor, grade_starts: Tensor) -> Tensor:
+    """For each pair the log-sum-exp over the pairs of its row with a lower gain. Pairs are sorted by row, then gain."""
+    place = torch.arange(len(listed), device=listed.device)
+    row = torch.where(row_starts, place, 0).cummax(0).values
+    grade = torch.where(grade_starts, place, 0).cummax(0).values
+    empty = listed.new_full((1,), lowest(listed))
+    if torch.equal(row, grade):
+        return empty.expand(len(listed))
+    # Prefixes by doubling: after the pass with `reach`, an entry sums up to 2 * reach of its row, itself included.
+    sums, reach = listed, 1
+    longest = int((place - row).max()) + 1
+    while reach < longest:
+        before = torch.where(place - reach >= row, sums[(place - reach).clamp(min=0)], empty)
+        sums, reach = torch.logaddexp(sums, before), 2 * reach
+    return torch.where(grade > row, sums[(grade - 1).clamp(min=0)], empty)

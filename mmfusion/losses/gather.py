@@ -1,4 +1,4 @@
-"""The only code of the losses that knows of ranks. Without an initialised group there is one rank: this process.
+"""What the losses exchange between ranks at once; ring.py does it block by block. Without a group there is one rank.
 
 A global row is rank * rows per rank + local row. Ranks hold equally many rows, and call these functions in one order.
 """
@@ -25,41 +25,48 @@ def own_rows(rows: int) -> range:
     return range(start, start + rows)
 
 
-def share_of_mean(values: Float[Tensor, "rows"], count: int) -> Float[Tensor, ""]:
-    """This rank's share of a mean over `count` global rows: what DDP's average over ranks turns into that mean."""
-    return values.sum() * (_ranks() / max(count, 1))
+def share_of_mean(values: Float[Tensor, "rows"], total: Float[Tensor, ""] | int) -> Float[Tensor, ""]:
+    """This rank's share of a mean over the rows of all ranks, whose weights sum to `total`: values' sum over total,
+    times the number of ranks, which DDP's average over ranks takes away again. 0 where `total` is 0."""
+    total = torch.as_tensor(total, dtype=values.dtype, device=values.device)
+    return values.sum() * _ranks() / torch.where(total > 0, total, 1)
 
 
 def match_pairs(query_id: Int[Tensor, "query"], judged: Judged, products: int | None = None) -> Pairs:
-    """The (global query row, global product row) pairs of the ranks' batches that a label column judges with gain > 0.
+    """The (global query row, global product row) pairs of the ranks' batches that a label column lists.
 
     query_id: of this rank's query rows; a query may be in several. judged: of this rank's product rows, `products` of
     them, or one per query. Each rank matches its own products' judgments with the queries of all ranks and gathers
-    coordinates alone; the result is the same on all ranks.
+    coordinates and gains alone; the result is the same on all ranks.
     """
     entry, query = equal_pairs(judged.query_id, gather_rows(query_id)).unbind(1)
     product = judged.product[entry] + own_rows(len(query_id) if products is None else products).start
-    found = gather_ragged(torch.stack([query, product, judged.positive[entry]], 1))
-    positive = found[:, 2].bool()
-    return Pairs(found[positive, :2], found[~positive, :2])
+    bits = judged.gain[entry].double().view(torch.int64)  # to the last bit, in one table with the integers
+    found = gather_ragged(torch.stack([query, product, bits, judged.positive[entry]], 1))
+    return Pairs(found[:, :2], found[:, 2].contiguous().view(torch.float64).to(judged.gain.dtype), found[:, 3].bool())
 
 
 def identity_pairs(product_id: Int[Tensor, "product"]) -> Pairs:
     """The pairs of global rows of the same product, as positives: each row with itself and with its duplicates."""
     ids = gather_rows(product_id)
-    positive = equal_pairs(ids, ids)
-    return Pairs(positive, positive[:0])
+    rows = equal_pairs(ids, ids)
+    return Pairs(rows, torch.ones(len(rows), device=ids.device), torch.ones_like(rows[:, 0], dtype=torch.bool))
 
 
-def gather_ragged(rows: Int[Tensor, "rows column"]) -> Int[Tensor, "all_rows column"]:
-    """The rows of all ranks, of which each may have another number; they travel padded to the longest."""
+def gather_ragged(rows: Shaped[Tensor, "rows *shape"]) -> Shaped[Tensor, "all_rows *shape"]:
+    """As gather_rows, where each rank may have another number of rows; they travel padded to the longest."""
     if _ranks() == 1:
         return rows
     lengths = gather_rows(torch.tensor([len(rows)], device=rows.device)).tolist()
-    padded = rows.new_zeros(max(lengths), rows.shape[1])
-    padded[: len(rows)] = rows
+    padded = torch.cat([rows, rows.new_zeros(max(lengths) - len(rows), *rows.shape[1:])])
     parts = gather_rows(padded).reshape(len(lengths), *padded.shape)
     return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+
+def exchange_columns(columns: Float[Tensor, "all_columns"]) -> Float[Tensor, "ranks columns"]:
+    """What each rank holds of this rank's columns, of which all ranks have equally many; gradients flow back."""
+    parts = columns.reshape(_ranks(), -1)
+    return _Exchange.apply(parts) if _ranks() > 1 else parts
 
 
 def _ranks() -> int:
@@ -79,4 +86,20 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         own = gradient.new_empty(len(gradient) // dist.get_world_size(), *gradient.shape[1:])
         dist.reduce_scatter_tensor(own, gradient.contiguous())
+        return own
+
+
+class _Exchange(torch.autograd.Function):
+    """Row r goes to rank r, and what rank r sends is row r; so do gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor) -> Tensor:
+        received = torch.empty_like(parts)
+        dist.all_to_all_single(received, parts.contiguous())
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        own = torch.empty_like(gradient)
+        dist.all_to_all_single(own, gradient.contiguous())
         return own

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmfusion.retrieval.topk import TopK, merge, search
-from mmfusion.retrieval.vectors import VectorFile, VectorWriter
+from mmfusion.retrieval.vectors import ReadVectors, VectorWriter
 
 T = TypeVar("T")
 BLOCK = 2048  # queries whose lists travel between ranks at a time
@@ -27,7 +27,7 @@ BLOCK = 2048  # queries whose lists travel between ranks at a time
 class Rows:
     """Vectors of queries or of products with their dense ids; those of a corpus may be in a file."""
 
-    vectors: Float[Tensor, "row dim"] | VectorFile
+    vectors: Float[Tensor, "row dim"] | ReadVectors
     ids: Int[Tensor, "row"]
 
 

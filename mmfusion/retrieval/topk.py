@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Float32, Int, Int64
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mmfusion.retrieval.vectors import VectorFile
+from mmfusion.retrieval.vectors import ReadVectors
 
 MARGIN = 32  # candidates per query beyond k
 QUERIES = 1024  # queries of a block: its scores take QUERIES * chunk * 4 bytes
@@ -46,7 +46,7 @@ def tie_ranks(product_ids: Sequence[str]) -> Int64[Tensor, "catalogue"]:
 @torch.no_grad()
 def search(
     queries: Float[Tensor, "query dim"],
-    corpus: Float[Tensor, "product dim"] | VectorFile,
+    corpus: Float[Tensor, "product dim"] | ReadVectors,
     ids: Int[Tensor, "product"],
     tie: Int[Tensor, "catalogue"],
     k: int,
@@ -90,7 +90,7 @@ def exact_dot(left: Float32[Tensor, "*#pair dim"], right: Float32[Tensor, "*#pai
 
 @dataclass
 class _Corpus:
-    vectors: Float[Tensor, "product dim"] | VectorFile
+    vectors: Float[Tensor, "product dim"] | ReadVectors
     tie: Int[Tensor, "product"]
     chunk: int
 
@@ -204,7 +204,7 @@ def _columns(where: Bool[Tensor, "query column"]) -> Int64[Tensor, "query slot"]
 
 def _rescored(
     queries: Float32[Tensor, "query dim"],
-    corpus: Float[Tensor, "product dim"] | VectorFile,
+    corpus: Float[Tensor, "product dim"] | ReadVectors,
     tie: Int[Tensor, "product"],
     rows: Int64[Tensor, "query slot"],
 ) -> Int64[Tensor, "query slot"]:

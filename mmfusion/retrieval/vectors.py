@@ -1,6 +1,7 @@
 """Vectors in a .npy file: written batch by batch, read in pieces, so that a corpus may be larger than memory."""
 
 import mmap
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -76,7 +77,21 @@ def _write_header(file: BinaryIO, shape: tuple[int, int], dtype: str) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
 
 
-class VectorFile:
+class ReadVectors(ABC):
+    """Vectors of which a piece exists once it is read: `vectors[10:20]` and `vectors[rows]` are tensors on `device`."""
+
+    device: torch.device
+    shape: torch.Size
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @abstractmethod
+    def __getitem__(self, rows: slice | Int[Tensor, "row"]) -> Float[Tensor, "row dim"]:
+        """A tensor names the rows one by one, in any order."""
+
+
+class VectorFile(ReadVectors):
     """The vectors of a .npy file, memory-mapped: `file[10:20]` and `file[rows]` are copies, as CPU tensors.
 
     Mapped pages count as this process's memory for as long as they are mapped, so each piece gives back its own: no
@@ -97,9 +112,6 @@ class VectorFile:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._rows = np.frombuffer(self._map, dtype, offset=start).reshape(shape)
         self.shape = torch.Size(shape)
-
-    def __len__(self) -> int:
-        return self.shape[0]
 
     def __getitem__(self, rows: slice | Int[Tensor, "row"]) -> Float[Tensor, "row dim"]:
         """Copies of the rows; a tensor names them one by one, in any order."""

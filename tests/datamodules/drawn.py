@@ -79,9 +79,12 @@ def module(tables: Tables, stage: str = "fit", **options: Any) -> TupleDataModul
     return data
 
 
-def tuples_of(batch: TupleBatch) -> list[tuple[int, int, int]]:
-    """(query, product, draw) of each row."""
-    return list(zip(batch.query.id.tolist(), batch.product.id.tolist(), batch.product.draw.tolist(), strict=True))
+def tuples_of(batch: TupleBatch) -> list[tuple[int, ...]]:
+    """(query, product, draw) of each tuple, and then (product, source) of its hard negatives."""
+    own = zip(batch.query.id.tolist(), batch.product.id.tolist(), batch.product.draw.tolist(), strict=False)
+    found, of_each = list(own), len(batch.hard) // len(batch)
+    negatives = torch.stack([batch.product.id[len(batch) :], batch.hard], 1).reshape(len(batch), 2 * of_each)
+    return [(*one, *others) for one, others in zip(found, negatives.tolist(), strict=True)]
 
 
 def same(a: Any, b: Any) -> bool:

@@ -14,6 +14,12 @@ Faults = Callable[[str, int], str]
 STATUS = {"500": 500, "503": 503, "403": 403, "404": 404}
 
 
+def named(path: str) -> str:
+    """The file that a request is for."""
+    found = re.search(r"(pairs/)?[^/]*$", urlsplit(path).path)
+    return found[0] if found else ""
+
+
 class Site:
     """`asked` lists the (name, start, end) of all answers begun, `headers` the last request's."""
 
@@ -38,11 +44,11 @@ class Answer(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def do_HEAD(self) -> None:
-        path = self.site.folder / urlsplit(self.path).path.rpartition("/")[2]
+        path = self.site.folder / named(self.path)
         self._head(200 if path.is_file() else 404, path.stat().st_size if path.is_file() else 0)
 
     def do_GET(self) -> None:
-        name = urlsplit(self.path).path.rpartition("/")[2]
+        name = named(self.path)
         self.site.headers = {**dict(self.headers), "path": self.path}
         fault = self.site.faults(name, self.site.counted(name))
         path = self.site.folder / name

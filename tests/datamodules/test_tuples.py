@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from PIL import Image
 
 from datamodules.catalogue import read_catalogue
 from datamodules.importing.writer import write_shards
+from datamodules.pair_tables import write_pair_table
 from datamodules.shards import Sample, Shards
 from datamodules.stream import batches
 from datamodules.stream.files import OpenFile
@@ -96,7 +98,7 @@ class Recorder(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen: list[tuple[int, int, list[tuple[int, int, int]]]] = []
+        self.seen: list[tuple[int, int, list[tuple[int, ...]]]] = []
         self.tested: dict[int, list[int]] = {}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -249,9 +251,11 @@ def test_resume_with_other_workers(epochs: Straight, tables: Tables, tmp_path: P
     assert not multiprocessing.active_children()
 
 
-def _two_ranks(rank: int, world: int, path: Path, ckpt: Path | None) -> tuple[list[Any], dict[int, list[int]]]:
+def _two_ranks(
+    rank: int, world: int, path: Path, ckpt: Path | None, options: dict[str, Any]
+) -> tuple[list[Any], dict[int, list[int]]]:
     used = trainer([], world, max_epochs=3)
-    recorder = fit(path, used, ckpt, workers=1)
+    recorder = fit(path, used, ckpt, workers=1, **options)
     used.test(recorder, used.datamodule, verbose=False)  # type: ignore[attr-defined]
     return recorder.seen, recorder.tested
 
@@ -259,7 +263,7 @@ def _two_ranks(rank: int, world: int, path: Path, ckpt: Path | None) -> tuple[li
 @pytest.mark.parametrize("done", [0, 3])
 def test_two_ranks_see_the_batches_of_one(epochs: Straight, tables: Tables, done: int) -> None:
     ckpt = epochs.folder / f"{done:03d}-batch.ckpt" if done else None
-    (first, tested), (second, tested_too) = run_ranks(_two_ranks, 2, tables.path, ckpt)
+    (first, tested), (second, tested_too) = run_ranks(_two_ranks, 2, tables.path, ckpt, {})
     together = [(*a[:2], a[2] + b[2]) for a, b in zip(first, second, strict=True)]
     assert together == epochs.seen[done:]
     assert sorted(tested[0] + tested_too[0]) == list(range(PRODUCTS))
@@ -272,6 +276,84 @@ def test_resume_in_another_order_is_refused(epochs: Straight, tables: Tables) ->
     for options, message in (({"seed": 5}, "data.seed=0, this run has 5"), ({"window": 9}, "data.window=16384")):
         with pytest.raises(ValueError, match=message):
             resumed(tables, epochs, "003-batch", **options)
+
+
+@pytest.fixture(scope="module")
+def mined(tables: Tables, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tables, Straight]:
+    """The shards with a table of negatives, and a run with two per tuple."""
+    folder = tmp_path_factory.mktemp("mined")
+    beside = replace(tables, path=copied(tables, folder))
+    write_mined(beside.path, 1.0)
+    return beside, run_straight(beside, folder, {"max_epochs": 3}, **NEGATIVES)
+
+
+NEGATIVES: dict[str, Any] = {"hard_negatives": 2, "hard_from": ["judged", "mined"]}
+
+
+def write_mined(path: Path, score: float) -> None:
+    query = np.repeat(np.arange(QUERIES), 4)
+    product = (query * 7 + np.tile([0, 30, 60, 90], QUERIES)) % PRODUCTS
+    write_pair_table(path, "mined", "negatives", query, product, np.full(len(query), score), {}, replace=True)
+
+
+@pytest.mark.parametrize(("hook", "workers"), [("batch", 0), ("batch", 2), ("epoch", 1)])
+def test_resume_draws_the_same_negatives(mined: tuple[Tables, Straight], hook: str, workers: int) -> None:
+    tables, straight = mined
+    assert {len(row) for _, _, rows in straight.seen for row in rows} == {3 + 2 * 2}
+    for name in sorted(path.stem for path in straight.folder.glob(f"*-{hook}.ckpt"))[::3]:
+        assert resumed(tables, straight, name, workers=workers, **NEGATIVES) == straight.seen[int(name[:3]) :], name
+
+
+@pytest.mark.parametrize("done", [0, 3])
+def test_two_ranks_draw_the_negatives_of_one(mined: tuple[Tables, Straight], done: int) -> None:
+    tables, straight = mined
+    ckpt = straight.folder / f"{done:03d}-batch.ckpt" if done else None
+    (first, _), (second, _) = run_ranks(_two_ranks, 2, tables.path, ckpt, NEGATIVES)
+    together = [(*a[:2], a[2] + b[2]) for a, b in zip(first, second, strict=True)]
+    assert together == straight.seen[done:]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hard_negatives": 3}, "data.hard_negatives=2, this run has 3"),
+        (
+            {"hard_from": ["mined", "judged"]},
+            r"data.hard_from=\['judged', 'mined'\], this run has \['mined', 'judged'\]",
+        ),
+        ({"hard_max_gain": 0.1}, "data.hard_max_gain=0.0, this run has 0.1"),
+        ({"hard_negatives": 0, "hard_from": ["judged"]}, "data.hard_negatives=2, this run has 0"),
+    ],
+    ids=str,
+)
+def test_resume_with_other_negatives_is_refused(
+    mined: tuple[Tables, Straight], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        resumed(*mined, "003-batch", **{**NEGATIVES, **options})
+
+
+def test_resume_with_another_table_of_the_name_is_refused(mined: tuple[Tables, Straight]) -> None:
+    tables, straight = mined
+    write_mined(tables.path, 2.0)
+    with pytest.raises(ValueError, match=r"with tables of pairs \(sha256\) {'mined': '[0-9a-f]{64}'}, this run has"):
+        resumed(tables, straight, "003-batch", **NEGATIVES)
+    write_mined(tables.path, 1.0)
+    assert resumed(tables, straight, "003-batch", **NEGATIVES) == straight.seen[3:]
+
+
+def test_a_checkpoint_from_before_there_were_negatives_goes_on_without(
+    epochs: Straight, tables: Tables, tmp_path: Path
+) -> None:
+    checkpoint = torch.load(epochs.folder / "003-batch.ckpt", weights_only=True)
+    state = checkpoint["TupleDataModule"]
+    for name in ("hard_negatives", "hard_from", "hard_max_gain", "pair_tables"):
+        del state[name]
+    torch.save(checkpoint, tmp_path / "before.ckpt")
+    before = Straight(epochs.limits, [], tmp_path)
+    assert resumed(tables, before, "before") == epochs.seen[3:]
+    with pytest.raises(ValueError, match=r"data\.hard_negatives=0, this run has 1"):
+        resumed(tables, before, "before", hard_negatives=1)
 
 
 def test_what_evaluation_asks_besides_batches(tables: Tables) -> None:

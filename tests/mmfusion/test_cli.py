@@ -15,7 +15,7 @@ from datamodules.shards import Shards
 from mmfusion.checkpoints import BestCheckpoint, LastCheckpoint
 from mmfusion.cli import main
 from mmfusion.encoders.checkpoint import packaged_folder
-from mmfusion.options import shown, with_merged_rates
+from mmfusion.options import shown, with_merged_tables
 from mmfusion.retrieval.evaluation import BASELINES
 from tests.datamodules.damage import overwrite
 from tests.mmfusion import test_cli_ranks
@@ -113,6 +113,40 @@ def test_eval_gives_the_same_numbers_and_compare_shows_what_differs(mmfusion, sh
     assert out.rstrip().splitlines()[-1] == "page: page.html"
     theirs, file = out.split("B concat_mlp")[1].split("C ")[:2]
     assert theirs.split()[:6] == file.split()[1:7], "a run's own lists, read from a file, have its numbers"
+
+
+def test_all_that_a_loss_may_ask_for_at_once(mmfusion, shards):
+    """Sizes of its own, a second term, hard negatives, micro-batches; evaluated, written for trec_eval and compared."""
+    sizes = {"class_path": "Matryoshka", "init_args": {"loss": {"class_path": "InfoNCE"}, "dims": [16, 64]}}
+    code, _, errors = mmfusion(
+        "train", "--exp", "fusion_gated", "--data", str(shards), *SMALL, "--data.hard_negatives=2",
+        "--model.micro_batch=12", f"--model.losses.query_product={json.dumps(sizes)}",
+        "--model.losses.more.query_product_graded=GradedInfoNCE",
+        "--model.stages.fuse.losses.more.query_product_graded=0.5", "--trainer.log_every_n_steps=1",
+    )  # fmt: skip
+    assert code == 0, errors
+    run = only_run("fusion_gated")
+    trained = json.loads((run / "results.json").read_text())
+    views = ["text", "image", "fused", "fused@64", "fused@16"]
+    for split in ("val", "test"):
+        assert list(trained[split]) == [*views, *BASELINES]
+        assert set(trained[split]["fused@16"]) == set(trained[split]["fused"])
+    assert trained["run"]["primary"] == "fused"
+    with (run / "metrics.csv").open() as file:
+        columns = next(csv.reader(file))
+    assert {"val/fused@16/relevance/ndcg@10", "train/query_product_graded", "data/hard/judged"} <= set(columns)
+    assert "fused@16" in (run / "report.html").read_text()
+    code, out, errors = mmfusion("eval", "--run", str(run), "--split", "test", "--trec", "files")
+    assert code == 0, errors
+    assert "fused@16" in out
+    (again,) = (run / "eval").rglob("results.json")
+    assert json.loads(again.read_text())["test"] == trained["test"]
+    code, out, errors = mmfusion("compare", str(run), "files/test.fused@16.run", "--out", "page.html")
+    assert code == 0, errors
+    value = f"{trained['test']['fused@16']['relevance/ndcg@10']['value']:.3f}".removeprefix("0")
+    (row,) = (line for line in out.splitlines() if line.startswith("  B "))
+    assert row.split()[1] == value, "a file of its lists has the view's numbers"
+    assert "fused@64," in out
 
 
 def test_a_run_goes_on_from_its_checkpoint_in_its_folder(mmfusion, shards):
@@ -260,10 +294,10 @@ def test_a_rate_on_the_command_line_joins_the_stages_others(tmp_path):
     args = [f"--config={file}", "--model.stages.fuse.rates.fusion=2e-3", "--model.stages.fuse.rates.scale=frozen"]
     (tmp_path / "b.yaml").write_text("model: {stages: {fuse: {until: {steps: 3}}}}")
     over = ["--config", str(file), f"--config={tmp_path}/b.yaml", "--model.stages.fuse.rates.scale=frozen"]
-    assert with_merged_rates(over)[-1] == (
+    assert with_merged_tables(over)[-1] == (
         '--model.stages.fuse.rates={"text": "frozen", "fusion": 0.1, "scale": "frozen"}'
     )
-    assert with_merged_rates(args)[1:] == [
+    assert with_merged_tables(args)[1:] == [
         '--model.stages.fuse.rates={"text": "frozen", "fusion": 0.002}',
         '--model.stages.fuse.rates={"text": "frozen", "fusion": 0.002, "scale": "frozen"}',
     ]

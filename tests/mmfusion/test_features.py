@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mmfusion.encoders import Encoded, ScratchTextEncoder, SentenceTransformerEncoder, TextEncoder
-from mmfusion.features import ROWS, FeatureMemo, photo_keys, token_keys
+from mmfusion.memo import ROWS, FeatureMemo, photo_keys, token_keys
 
 
 class Encoder(nn.Module):

@@ -10,12 +10,13 @@ import torch
 from lightning import Callback
 
 from mmfusion.batch import QueryBatch
-from mmfusion.features import photo_keys
+from mmfusion.features import after_dropout
 from mmfusion.loggers import AppendingCSVLogger
 from mmfusion.losses import InfoNCE
-from mmfusion.module import Losses
+from mmfusion.memo import photo_keys
 from mmfusion.optim import rate_at
 from mmfusion.stages import Group, LossWeights, Stage, Until
+from mmfusion.terms import TERM_VIEWS, Losses
 from tests.ddp import run_ranks
 from tests.small_run import GROUPS, small_data, small_module, small_shards, small_trainer, three_stages
 
@@ -71,7 +72,7 @@ def test_a_products_vectors_do_not_depend_on_the_batch_that_it_is_evaluated_in(s
 
 def test_every_term_by_a_slow_loop(module, batch):
     """Labels straight from the judged lists; a photo that is missing takes its row and column out of photo terms."""
-    terms = module.terms(batch, set(LossWeights.__dataclass_fields__))
+    terms = module.terms(batch, set(TERM_VIEWS))
     vectors = module.product(batch.product) | {"query": module.query(batch.query.text)}
     rows, scale = range(len(batch)), module.losses["query_text"].scale
     judged = batch.judged["relevance"]
@@ -103,15 +104,13 @@ def test_every_term_by_a_slow_loop(module, batch):
         assert terms[name].item() == pytest.approx((ways[0] + ways[1]).item() / 2, rel=1e-5), name
 
 
-def test_modality_dropout_hides_one_of_two_and_never_the_only_one(module, batch):
-    module.modality_dropout = 0.9
-    visible = module._visible(batch.product)
+def test_modality_dropout_hides_one_of_two_and_never_the_only_one(batch):
+    visible = after_dropout(batch.product, 0.9)
     assert visible.any(1).all()
     whole = batch.product.present.all(1)
     assert (visible[whole].sum(1) == 1).float().mean() > 0.5
     assert torch.equal(visible[~whole], batch.product.present[~whole])
-    module.modality_dropout = 0.0
-    assert torch.equal(module._visible(batch.product), batch.product.present)
+    assert torch.equal(after_dropout(batch.product, 0.0), batch.product.present)
 
 
 class Encodings(Callback):

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning import Callback
 
+from datamodules.pair_tables import write_pair_table
 from mmfusion.optim import Optim
 from tests.ddp import run_ranks
 from tests.small_run import small_data, small_module, small_shards, small_trainer, three_stages, weights
@@ -87,6 +89,27 @@ def test_going_on_as_another_run_is_refused(run, shards, contract, options, data
     with pytest.raises(ValueError, match=said):
         trainer.fit(module, small_data(shards, **data), ckpt_path=folder / "2.ckpt", weights_only=True)
     assert trainer.global_step == 0
+
+
+def test_another_table_of_negatives_is_refused(tmp_path):
+    """The catalogue is the same, and the negatives that training draws are not."""
+    shards, folder = small_shards(tmp_path), tmp_path / "run"
+    query, product = np.arange(4).repeat(3), np.tile(np.array([1, 2, 3]), 4)
+    options = {"hard_negatives": 1, "hard_from": ("mined-1",)}
+    for step in (0, 1):
+        score = np.full(12, step, np.float32)
+        write_pair_table(shards, "mined-1", "negatives", query, product, score, {}, replace=True)
+        trainer = small_trainer(folder, SaveAt(folder), steps=STEPS)
+        if step == 0:
+            trainer.fit(small_module(), small_data(shards, **options))
+            small_trainer(folder, steps=STEPS).fit(
+                small_module(), small_data(shards, **options), ckpt_path=folder / "2.ckpt", weights_only=True
+            )
+        else:
+            with pytest.raises(ValueError, match=r"data.pairs.mined-1: the checkpoint has \w+, this run \w+"):
+                trainer.fit(
+                    small_module(), small_data(shards, **options), ckpt_path=folder / "2.ckpt", weights_only=True
+                )
 
 
 def test_another_manifest_is_refused(run, tmp_path):

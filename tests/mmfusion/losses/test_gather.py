@@ -4,7 +4,7 @@ from torch import Tensor
 
 from mmfusion.batch import Judged
 from mmfusion.losses import Pairs, identity_pairs, match_pairs
-from mmfusion.losses.gather import gather_ragged, gather_rows, own_rows, share_of_mean
+from mmfusion.losses.gather import exchange_columns, gather_ragged, gather_rows, own_rows, share_of_mean
 from tests.ddp import run_ranks
 
 WORLDS = pytest.mark.parametrize("world", [1, 2, 4])
@@ -28,21 +28,20 @@ def judge(product_id: Tensor) -> Judged:
     return Judged(torch.tensor(product, dtype=torch.int64), torch.tensor(query, dtype=torch.int64), grades, grades >= 1)
 
 
-def slow_pairs(queries: Tensor, products: Tensor) -> tuple[set, set]:
-    positive: set[tuple[int, int]] = set()
-    ignored: set[tuple[int, int]] = set()
-    for i, query in enumerate(queries.tolist()):
-        for j, product in enumerate(products.tolist()):
-            gain = GAINS.get(product, {}).get(query, 0)
-            if gain:
-                (positive if gain >= 1 else ignored).add((i, j))
-    return positive, ignored
+def slow_pairs(queries: Tensor, products: Tensor) -> dict[tuple[int, int], float]:
+    return {
+        (i, j): GAINS[product][query]
+        for i, query in enumerate(queries.tolist())
+        for j, product in enumerate(products.tolist())
+        if query in GAINS.get(product, {})
+    }
 
 
-def as_set(pairs: Tensor) -> set[tuple[int, ...]]:
-    listed = [tuple(pair) for pair in pairs.tolist()]
-    assert len(set(listed)) == len(listed)
-    return set(listed)
+def as_dict(pairs: Pairs) -> dict[tuple[int, ...], float]:
+    listed = {tuple(pair): gain for pair, gain in zip(pairs.rows.tolist(), pairs.gain.tolist(), strict=True)}
+    assert len(listed) == len(pairs)
+    assert torch.equal(pairs.positive, pairs.gain >= 1)
+    return listed
 
 
 def _match(rank: int, world: int) -> tuple[Pairs, Pairs]:
@@ -54,16 +53,12 @@ def _match(rank: int, world: int) -> tuple[Pairs, Pairs]:
 def test_pairs_across_ranks_are_those_of_two_loops_over_the_whole_batch(world: int) -> None:
     results = run_ranks(_match, world)
     queries, products = QUERIES[: world * ROWS], PRODUCTS[: world * ROWS]
-    positive, ignored = slow_pairs(queries, products)
-    same = {(i, j) for i, p in enumerate(products) for j, q in enumerate(products) if p == q}
-    assert len(positive) > 1
-    assert len(ignored) > 1
-    assert not positive & ignored
+    expected = slow_pairs(queries, products)
+    same = {(i, j): 1.0 for i, p in enumerate(products) for j, q in enumerate(products) if p == q}
+    assert {1.0, 0.1} <= set(expected.values())
     for judged, identity in results:
-        assert as_set(judged.positive) == positive
-        assert as_set(judged.ignored) == ignored
-        assert as_set(identity.positive) == same
-        assert identity.ignored.shape == (0, 2)
+        assert as_dict(judged) == expected, "gains to the last bit"
+        assert as_dict(identity) == same
 
 
 def test_without_a_group_there_is_one_rank() -> None:
@@ -72,17 +67,18 @@ def test_without_a_group_there_is_one_rank() -> None:
     assert torch.equal(gather_ragged(QUERIES[:, None]), QUERIES[:, None])
     assert own_rows(3) == range(3)
     assert share_of_mean(torch.tensor([1.0, 2.0]), 4).item() == 0.75
+    assert share_of_mean(torch.tensor([0.0, 0.0]), torch.tensor(0.0)).item() == 0
+    assert torch.equal(exchange_columns(rows[:, 0]), rows[:, 0][None])
     pairs, identity = _match(0, 1)
-    assert (as_set(pairs.positive), as_set(pairs.ignored)) == slow_pairs(QUERIES[:ROWS], PRODUCTS[:ROWS])
-    assert as_set(identity.positive) == {(0, 0), (1, 1), (2, 2), (3, 3), (0, 3), (3, 0)}
+    assert as_dict(pairs) == slow_pairs(QUERIES[:ROWS], PRODUCTS[:ROWS])
+    assert as_dict(identity).keys() == {(0, 0), (1, 1), (2, 2), (3, 3), (0, 3), (3, 0)}
 
 
 def test_products_may_outnumber_queries() -> None:
     """Hard negatives add product rows: a rank's products are then counted on their own."""
     results = run_ranks(_match_more_products, 2)
     queries = QUERIES[[0, 1, 8, 9]]
-    positive, ignored = slow_pairs(queries, PRODUCTS)
-    assert all(as_set(pairs.positive) == positive and as_set(pairs.ignored) == ignored for pairs in results)
+    assert all(as_dict(pairs) == slow_pairs(queries, PRODUCTS) for pairs in results)
 
 
 def _match_more_products(rank: int, world: int) -> Pairs:
@@ -117,3 +113,36 @@ def _gradient(rank: int, world: int) -> tuple[Tensor, Tensor, Tensor]:
     ((rank + 1) * weight * gathered).sum().backward()
     assert rows.grad is not None
     return rows.detach(), rows.grad, gathered.detach()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_rank_gets_what_all_hold_of_its_columns_and_sends_gradients_back(world: int) -> None:
+    """Rank r holds r * 100 + column; its gradient at another rank's column is what that rank weighs row r with."""
+    for rank, (received, gradient) in enumerate(run_ranks(_exchanged, world)):
+        columns = torch.arange(rank * 2, rank * 2 + 2)
+        assert torch.equal(received, 100.0 * torch.arange(world)[:, None] + columns)
+        owner = torch.arange(world * 2) // 2
+        assert torch.equal(gradient, 10.0 * owner + rank)
+
+
+def _exchanged(rank: int, world: int) -> tuple[Tensor, Tensor]:
+    own = (100.0 * rank + torch.arange(world * 2)).requires_grad_()
+    received = exchange_columns(own)
+    (received * (10.0 * rank + torch.arange(world)[:, None])).sum().backward()
+    assert own.grad is not None
+    return received.detach(), own.grad
+
+
+@pytest.mark.parametrize("lengths", [[3, 0], [1, 4]])
+def test_gradients_of_ragged_rows_flow_back(lengths: list[int]) -> None:
+    weight = torch.arange(sum(lengths), dtype=torch.float64)
+    first, second = run_ranks(_ragged_gradient, 2, lengths)
+    assert torch.equal(torch.cat([first, second]), 3 * weight)
+
+
+def _ragged_gradient(rank: int, world: int, lengths: list[int]) -> Tensor:
+    rows = torch.ones(lengths[rank], dtype=torch.float64, requires_grad=True)
+    weight = torch.arange(sum(lengths), dtype=torch.float64)
+    (gather_ragged(rows) * weight * (rank + 1)).sum().backward()
+    assert rows.grad is not None
+    return rows.grad

@@ -13,21 +13,44 @@ def test_equal_pairs_is_the_join_of_two_loops(left: int, right: int) -> None:
     assert equal_pairs(a, b).tolist() == expected
 
 
-PAIRS = Pairs(torch.tensor([[0, 0], [0, 3], [1, 1], [2, 0]]), torch.tensor([[1, 2], [2, 3]]))
+ROWS = [[2, 0], [0, 0], [0, 3], [1, 1], [1, 2], [2, 3]]
+GAIN = [1.0, 1.0, 2.0, 1.0, 0.1, 0.01]
+PAIRS = Pairs(torch.tensor(ROWS), torch.tensor(GAIN), torch.tensor(GAIN) >= 1)
+
+
+def told(pairs: Pairs) -> list[tuple[list[int], float, bool]]:
+    gain = [round(value, 6) for value in pairs.gain.tolist()]
+    return list(zip(pairs.rows.tolist(), gain, pairs.positive.tolist(), strict=True))
 
 
 def test_between_keeps_pairs_of_two_true_rows() -> None:
     kept = PAIRS.between(torch.tensor([True, False, True]), torch.tensor([False, True, True, True]))
-    assert (kept.positive.tolist(), kept.ignored.tolist()) == ([[0, 3]], [[2, 3]])
+    assert told(kept) == [([0, 3], 2.0, True), ([2, 3], 0.01, False)]
 
 
 def test_of_rows_counts_from_the_first_row() -> None:
     own = PAIRS.of_rows(range(1, 3))
-    assert (own.positive.tolist(), own.ignored.tolist()) == ([[0, 1], [1, 0]], [[0, 2], [1, 3]])
+    assert told(own) == [([1, 0], 1.0, True), ([0, 1], 1.0, True), ([0, 2], 0.1, False), ([1, 3], 0.01, False)]
 
 
-def test_swapped_and_diagonal() -> None:
-    assert PAIRS.swapped().positive.tolist() == [[0, 0], [3, 0], [1, 1], [0, 2]]
-    assert PAIRS.swapped().ignored.tolist() == [[2, 1], [3, 2]]
-    assert PAIRS.diagonal().positive.tolist() == [[0, 0], [1, 1]]
-    assert PAIRS.diagonal().ignored.shape == (0, 2)
+def test_swapped_and_sorted() -> None:
+    assert PAIRS.swapped().rows.tolist() == [[0, 2], [0, 0], [3, 0], [1, 1], [2, 1], [3, 2]]
+    assert torch.equal(PAIRS.swapped().gain, PAIRS.gain)
+    assert told(PAIRS.sorted()) == sorted(told(PAIRS))
+
+
+def test_above_makes_negatives_of_what_is_worth_no_more() -> None:
+    assert len(PAIRS.above(0.0)) == 6
+    assert told(PAIRS.above(0.01)) == told(PAIRS)[:5]
+    assert told(PAIRS.above(0.5)) == told(PAIRS)[:4]
+    assert told(PAIRS.above(1.5)) == told(PAIRS)[:4], "a positive stays one"
+
+
+def test_own_are_the_tuples_positives_of_every_rank() -> None:
+    """Two ranks of 2 left and 3 right rows: row 0 with 0, 1 with 1, 2 with 3, 3 with 4."""
+    every = torch.cartesian_prod(torch.arange(4), torch.arange(6))
+    positive = torch.ones(len(every), dtype=torch.bool)
+    pairs = Pairs(every, torch.ones(len(every)), positive)
+    assert pairs.own(2, 3).rows.tolist() == [[0, 0], [1, 1], [2, 3], [3, 4]]
+    positive[0] = False
+    assert pairs.own(2, 3).rows.tolist() == [[1, 1], [2, 3], [3, 4]]

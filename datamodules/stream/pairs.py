@@ -1,0 +1,118 @@
+"""What a stream adds to tuples from beyond the samples: hard negatives, and a teacher's scores."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, Integer
+
+from datamodules.negatives import Candidates
+from datamodules.pair_tables import PairRows, find_pair_table, read_pair_table
+from datamodules.shards import Shards
+from datamodules.stores.store import Store
+from mmfusion.batch import Judged
+
+JUDGED = "judged"  # the source that is no table
+
+
+@dataclass(frozen=True)
+class PairOptions:
+    """Options of TupleDataModule, under the same names."""
+
+    hard_negatives: int = 0
+    hard_from: tuple[str, ...] = (JUDGED,)
+    hard_max_gain: float = 0.0
+    scores: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raises ValueError for options that no data could suit, or that would do nothing."""
+        if self.hard_negatives < 0:
+            raise ValueError(f"data.hard_negatives is {self.hard_negatives}; expected at least 0")
+        for option in ("hard_from", "scores"):
+            twice = [name for name, times in Counter(getattr(self, option)).items() if times > 1]
+            if twice:
+                raise ValueError(f"data.{option} names {twice[0]!r} twice")
+        default = PairOptions()
+        for option in ("hard_from", "hard_max_gain"):
+            value = getattr(self, option)
+            if not self.hard_negatives and value != getattr(default, option):
+                shown = list(value) if isinstance(value, tuple) else value
+                raise ValueError(
+                    f"data.{option} is {shown}, but data.hard_negatives is 0, so there are none: "
+                    "set both, or leave both out"
+                )
+        if self.hard_max_gain != default.hard_max_gain and JUDGED not in self.hard_from:
+            raise ValueError(
+                f"data.hard_max_gain is {self.hard_max_gain}, but data.hard_from is {list(self.hard_from)}: "
+                f"it says which judgments {JUDGED!r} takes"
+            )
+
+    def tables(self, store: Store) -> dict[str, str]:
+        """The sha256 of each table in use. Raises ValueError when the store has no such table."""
+        negatives = [name for name in self.hard_from if name != JUDGED] if self.hard_negatives else []
+        found = {name: find_pair_table(store, name, "negatives", "data.hard_from").sha256 for name in negatives}
+        found |= {name: find_pair_table(store, name, "scores", "data.scores").sha256 for name in self.scores}
+        return dict(sorted(found.items()))
+
+    def candidates(self, shards: Shards) -> Candidates:
+        """Raises ValueError when a table cannot be used, or a query has not enough products that are not positives."""
+        label = shards.manifest.labels[shards.manifest.primary]
+        judged = shards.judgments("train")
+        gain = judged.gain[shards.manifest.primary]  # NaN is neither
+        low = (gain <= self.hard_max_gain) & (gain < label.positive_from)
+        sources, positive = [], gain >= label.positive_from
+        for name in self.hard_from:
+            if name == JUDGED:
+                sources.append((judged.query[low], judged.product[low]))
+            else:
+                rows = read_pair_table(shards.store, name, "negatives", "data.hard_from")
+                sources.append((rows.query, rows.product))
+        positives = (judged.query[positive], judged.product[positive])
+        found = Candidates.of(len(shards.queries), len(shards), positives, sources)
+        self._check_free(found, shards)
+        return found
+
+    def _check_free(self, candidates: Candidates, shards: Shards) -> None:
+        free = candidates.free(np.arange(len(shards.queries)))
+        query = int(free.argmin())
+        if free[query] < self.hard_negatives:
+            raise ValueError(
+                f"data.hard_negatives is {self.hard_negatives}, but query {str(shards.queries.query_id[query])!r} has "
+                f"only {free[query]} of {len(shards)} products that are not its positives"
+            )
+
+    def scored(self, shards: Shards) -> "dict[str, ScoresOfProducts]":
+        """Raises ValueError when a table cannot be used."""
+        return {
+            name: ScoresOfProducts.of(read_pair_table(shards.store, name, "scores", "data.scores"), len(shards))
+            for name in self.scores
+        }
+
+
+@dataclass(frozen=True)
+class ScoresOfProducts:
+    """A table of scores by product: product i's are rows start[i] to start[i + 1]. 8 bytes per row and per product."""
+
+    start: Int64[np.ndarray, "products_and_end"]
+    query: Integer[np.ndarray, "row"]
+    score: Float[np.ndarray, "row"]
+
+    @classmethod
+    def of(cls, rows: PairRows, products: int) -> "ScoresOfProducts":
+        order = np.argsort(rows.product, kind="stable")
+        start = np.searchsorted(rows.product[order], np.arange(products + 1))
+        return cls(start, rows.query[order].astype(np.int32), rows.score[order])
+
+    def listed(self, product: Int64[np.ndarray, "product"]) -> Judged:
+        """What the table says of the products in a batch's rows."""
+        first = self.start[product]
+        count = self.start[product + 1] - first
+        row = np.repeat(np.arange(len(product)), count)
+        at = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count) + first[row]
+        return Judged(
+            product=torch.from_numpy(row),
+            query_id=torch.from_numpy(self.query[at].astype(np.int64)),
+            gain=torch.from_numpy(self.score[at]),
+            positive=torch.zeros(len(row), dtype=torch.bool),
+        )

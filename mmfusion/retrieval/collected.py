@@ -1,0 +1,66 @@
+"""One pass of an evaluation: the vectors of queries and corpus as they come, and what each view reached with them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mmfusion.batch import RetrievalData
+from mmfusion.retrieval.evaluation import Evaluation, ViewResult, measured
+from mmfusion.retrieval.leading import leading
+from mmfusion.retrieval.ranking import Collector, Rows, rank_corpus
+
+QUERY = "query"
+
+
+Collected = dict[str, dict[str, Collector]]  # by what a loader yields, "corpus" or "queries/<split>", and by view
+
+
+def collect(
+    into: dict[str, Collector],
+    vectors: Mapping[str, Float[Tensor, "row dim"]],
+    ids: Int[Tensor, "row"],
+    valid: Bool[Tensor, "row"],
+    folder: str | None,
+) -> None:
+    """Adds a loader's batch, by view. folder: where vectors of products wait when they do not fit into memory."""
+    for view, rows in vectors.items():
+        if view not in into:
+            into[view] = Collector(Path(folder) if folder and view != QUERY else None)
+        into[view].add(rows, ids, valid)
+
+
+def measured_views(
+    collected: Collected,
+    views: Mapping[str, int | None],
+    data: RetrievalData,
+    tie: Int[Tensor, "catalogue"],
+    options: Evaluation,
+    intervals: bool,
+) -> dict[str, dict[str, ViewResult]]:
+    """results[split][view], equal on every rank; `collected` is empty afterwards.
+
+    views: how many leading dimensions a view is searched by; None: all. fused@64 is the view fused by its first 64.
+    """
+    corpus = {view: collector.rows() for view, collector in collected.pop("corpus").items()}
+    queries = {name.removeprefix("queries/"): found[QUERY].rows() for name, found in collected.items()}
+    collected.clear()
+    results: dict[str, dict[str, ViewResult]] = {}
+    for split, asked in queries.items():
+        judgments, results[split] = data.judgments(split), {}
+        for view, dim in views.items():
+            rows = corpus[view.partition("@")[0]]
+            sought, searched = (Rows(leading(part.vectors, dim), part.ids) for part in (asked, rows))
+            ranking = rank_corpus(sought, searched, tie, options.depth, chunk=options.chunk)
+            results[split][view] = measured(ranking, judgments, options, intervals)
+    return results
+
+
+def with_dims(views: Sequence[str], dims: Mapping[str, Sequence[int]]) -> dict[str, int | None]:
+    """Views by name with the dimensions that they are searched by: each whole, then by fewer, the most first."""
+    found: dict[str, int | None] = {}
+    for view in views:
+        found[view] = None
+        found |= {f"{view}@{dim}": dim for dim in sorted(dims.get(view, ()), reverse=True)}
+    return found

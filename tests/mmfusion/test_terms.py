@@ -1,0 +1,317 @@
+"""Terms beyond the four, hard negatives' rows, teachers' scores, and how a loss that is not finite stops a run."""
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from mmfusion.batch import Judged, TupleBatch
+from mmfusion.features import part_of
+from mmfusion.loggers import AppendingCSVLogger
+from mmfusion.losses import InfoNCE, Loss, Pairs
+from mmfusion.run import FusionCLI
+from mmfusion.stages import LossWeights, Stage, Until
+from mmfusion.terms import TERM_VIEWS, Losses, base_of, loss_terms, sides, trained_dims
+from tests.ddp import run_ranks
+from tests.small_run import small_data, small_module, small_shards, small_trainer
+
+TUPLES, HARD = 6, 2
+DESIRABLE = "query_product_desirability"
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    return small_shards(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def batch(shards) -> TupleBatch:
+    """6 tuples with 2 hard negatives each, of one batch of 18 products: rows 6 on are the negatives'."""
+    data = small_data(shards, batch_size=20)
+    data.setup("fit")
+    whole = next(iter(data.train_dataloader()))
+    rows = TUPLES * (1 + HARD)
+    judged = whole.judged["relevance"]
+    inside = judged.product < rows
+    column = Judged(*(getattr(judged, f.name)[inside] for f in dataclasses.fields(Judged)))
+    clicks = dataclasses.replace(column, gain=column.gain * 0.5, positive=column.gain > 2)
+    query = whole.query
+    return TupleBatch(
+        dataclasses.replace(query, text=query.text[:TUPLES], id=query.id[:TUPLES], valid=query.valid[:TUPLES]),
+        part_of(whole.product, slice(rows)),
+        {"relevance": column, "clicks": clicks},
+        {"teacher": dataclasses.replace(column, gain=column.gain - 3.0, positive=column.gain > 9)},
+        torch.tensor([0, 1] * TUPLES),
+    )
+
+
+class Asked(Loss):
+    """A user's own loss, which keeps what it was given."""
+
+    def forward(self, left: Tensor, right: Tensor, pairs: Pairs, left_valid: Tensor, right_valid: Tensor) -> Tensor:
+        self.asked = (left, right, pairs, left_valid, right_valid)
+        return left.sum() + right.sum()
+
+
+def asked(batch: TupleBatch, term: str, label: str | None = None) -> tuple:
+    losses = Losses(more={f"{term}_mine": Asked(label)}).modules()
+    vectors = {name: torch.randn(TUPLES if name == "query" else len(batch.product.id), 4) for name in sides([term])}
+    loss_terms(losses, {f"{term}_mine"}, vectors, batch)
+    return losses[f"{term}_mine"].asked
+
+
+def test_names_of_further_terms():
+    assert base_of(DESIRABLE) == "query_product"
+    assert base_of("text_image_2") == "text_image"
+    assert sides(["query_image_x", "query_text"]) == {"query", "image", "text"}
+    for wrong in ("query_product", "query_product_", "query", "product_x", "query_product_X", "query_product_a.b"):
+        with pytest.raises(ValueError, match=r"model.losses.more.*such as query_product_desirability"):
+            Losses(more={wrong: InfoNCE()})
+
+
+@pytest.mark.parametrize("term", list(TERM_VIEWS))
+def test_hard_negatives_are_rows_of_the_product_side(batch, term):
+    left, right, pairs, left_valid, right_valid = asked(batch, term)
+    rows = TUPLES * (1 + HARD)
+    there = batch.product.present & batch.product.valid[:, None]
+    of_view = {"query": batch.query.valid, "fused": batch.product.valid, "text": there[:, 0], "image": there[:, 1]}
+    assert len(right) == rows
+    assert len(left) == (rows if term == "text_image" else TUPLES)
+    assert torch.equal(left_valid, of_view[TERM_VIEWS[term][0]])
+    assert torch.equal(right_valid, of_view[TERM_VIEWS[term][1]])
+    found = {(int(i), int(j)): float(gain) for (i, j), gain in zip(pairs.rows, pairs.gain, strict=True)}
+    if term == "text_image":
+        ids = batch.product.id.tolist()
+        assert found == {(i, j): 1.0 for i in range(rows) for j in range(rows) if ids[i] == ids[j]}
+    else:
+        judged = batch.judged["relevance"]
+        listed = list(zip(judged.product.tolist(), judged.query_id.tolist(), judged.gain.tolist(), strict=True))
+        of_query = batch.query.id.tolist()
+        assert found == {(i, j): gain for j, q, gain in listed for i in range(TUPLES) if of_query[i] == q}
+        assert any(j >= TUPLES for _, j in found), "else the negatives' own judgments were not looked at"
+
+
+def test_what_is_not_valid_takes_no_part(batch):
+    batch = dataclasses.replace(batch, product=dataclasses.replace(batch.product, valid=torch.arange(18) != 7))
+    for term, (_, right) in TERM_VIEWS.items():
+        assert not asked(batch, term)[4][7], right
+
+
+def test_a_label_is_a_column_or_a_teachers_table(batch):
+    by_default, clicks, teacher = (asked(batch, "query_text", label)[2] for label in (None, "clicks", "teacher"))
+    assert torch.equal(by_default.gain, asked(batch, "query_text", "relevance")[2].gain)
+    assert torch.equal(clicks.gain, by_default.gain * 0.5)
+    assert torch.equal(teacher.gain, by_default.gain - 3)
+    assert not teacher.positive.any()
+    said = (
+        r"model.losses.more.query_text_mine.init_args.label 'clicked' is neither one of the shards' label columns "
+        r"\(relevance, clicks\) nor of the tables of data.scores \(teacher\). Did you mean clicks\?"
+    )
+    with pytest.raises(ValueError, match=said):
+        asked(batch, "query_text", "clicked")
+
+
+def test_what_a_product_is_to_itself_has_no_label():
+    with pytest.raises(ValueError, match=r"losses.text_image_x has the label 'clicks', but .* no label"):
+        small_module(losses=Losses(more={"text_image_x": InfoNCE("clicks")}))
+
+
+def test_terms_of_a_batch_with_hard_negatives_depend_on_them(batch):
+    module = small_module().eval()
+    module.query.encoder.fit(["red cup", "blue hat", "number 12 lamp", "green shoe", "yellow"])
+    all_terms = module.terms(batch, set(TERM_VIEWS))
+    without = dataclasses.replace(batch, product=part_of(batch.product, slice(TUPLES)), judged={
+        name: Judged(*(getattr(part, f.name)[part.product < TUPLES] for f in dataclasses.fields(Judged)))
+        for name, part in batch.judged.items()
+    })  # fmt: skip
+    fewer = module.terms(without, set(TERM_VIEWS))
+    assert all(all_terms[name] > fewer[name] for name in TERM_VIEWS), "more negatives, a harder task"
+
+
+def test_the_reach_of_a_stage_is_found_on_one_tuple_too(batch):
+    from mmfusion.reach import reached
+
+    module = small_module(losses=Losses(more={DESIRABLE: InfoNCE()}))
+    module.query.encoder.fit(["red cup", "blue hat", "number 12 lamp", "green shoe", "yellow"])
+    one = dataclasses.replace(batch, query=dataclasses.replace(
+        batch.query, text=batch.query.text[:1], id=batch.query.id[:1], valid=batch.query.valid[:1]
+    ))  # fmt: skip
+    found = [reached(module, module.query, module.product, module.losses, {DESIRABLE}, part) for part in (one, batch)]
+    assert found[0] == found[1]
+    assert f"losses.{DESIRABLE}.log_scale" in found[0]
+    assert "losses.query_product.log_scale" not in found[0]
+    assert any(name.startswith("product.fusion") for name in found[0])
+
+
+def test_a_term_twice_is_the_term_with_twice_the_weight(shards, tmp_path):
+    found = []
+    for weights in (LossWeights(query_product=2.0), LossWeights(query_product=1.0, more={DESIRABLE: 1.0})):
+        losses = Losses(InfoNCE(learnable=False), more={DESIRABLE: InfoNCE("relevance", learnable=False)})
+        module = small_module(losses=losses, stages={"all": Stage(Until(fraction=1.0), weights)})
+        logger = AppendingCSVLogger(tmp_path, name="exp", version=str(len(found)))
+        small_trainer(tmp_path, logger=logger, log_every_n_steps=1, steps=2).fit(module, small_data(shards))
+        found.append(module)
+    for (name, one), other in zip(found[0].named_parameters(), found[1].parameters(), strict=True):
+        assert torch.equal(one, other), name
+    with (tmp_path / "exp/1/metrics.csv").open() as file:
+        row = next(iter(csv.DictReader(file)))
+    assert row[f"train/{DESIRABLE}"] == row["train/query_product"]
+    assert row[f"train/scale/{DESIRABLE}"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "losses", "said"),
+    [
+        (
+            {"query_product_desire": 1.0},
+            {DESIRABLE: InfoNCE()},
+            rf"losses.more.query_product_desire: .*mean {DESIRABLE}",
+        ),
+        ({"query_product": 1.0}, {}, r"losses.more.query_product: there is no such term; model.losses.more has none"),
+        ({DESIRABLE: -1.0}, {DESIRABLE: InfoNCE()}, "must not be negative"),
+        ({DESIRABLE: 0.0}, {DESIRABLE: InfoNCE()}, "every weight is 0; give one of .*desirability"),
+    ],
+)
+def test_weights_of_further_terms_are_checked(stage, losses, said):
+    with pytest.raises(ValueError, match=said):
+        small_module(losses=Losses(more=losses), stages={"all": Stage(Until(fraction=1.0), LossWeights(more=stage))})
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def options(shards: Path, *more: str) -> list[str]:
+    files = ("base", "encoders/tiny", "fusion_gated")
+    return [*(f"--config=experiments/{name}.yaml" for name in files), f"--data.init_args.path={shards}", *more]
+
+
+def parsed(*arguments: str) -> FusionCLI:
+    return FusionCLI.parse(list(arguments), None)
+
+
+@pytest.mark.parametrize("way", ["yaml", "whole", "dotted"])
+def test_further_terms_are_options(shards, tmp_path, way):
+    graded = {"class_path": "GradedInfoNCE", "init_args": {"label": "clicks", "temperature": 0.1}}
+    if way == "yaml":
+        file = tmp_path / "more.yaml"
+        stage = yaml.safe_load(Path("experiments/base.yaml").read_text())["model"]["stages"]
+        stage["fuse"]["losses"]["more"] = {DESIRABLE: 0.3}
+        file.write_text(yaml.safe_dump({"model": {"losses": {"more": {DESIRABLE: graded}}, "stages": stage}}))
+        given = [f"--config={file}"]
+    elif way == "whole":
+        given = [f"--model.losses.more={json.dumps({DESIRABLE: graded})}",
+                 f"--model.stages.fuse.losses.more={json.dumps({DESIRABLE: 0.3})}"]  # fmt: skip
+    else:
+        given = [f"--model.losses.more.{DESIRABLE}={json.dumps(graded)}",
+                 f"--model.losses.more.query_text_{way}=InfoNCE",
+                 f"--model.stages.fuse.losses.more.{DESIRABLE}=0.3",
+                 f"--model.stages.fuse.losses.more.query_text_{way}=0.1"]  # fmt: skip
+    cli = parsed(*options(shards, *given))
+    loss = cli.model.losses[DESIRABLE]
+    assert (type(loss).__name__, loss.label, round(1 / loss.scale.item(), 6)) == ("GradedInfoNCE", "clicks", 0.1)
+    assert cli.model.stages["fuse"].losses.active()[DESIRABLE] == 0.3
+    assert cli.model.stages["fuse"].losses.query_text == 0.2, "the stage's other weights stay"
+    again = tmp_path / "config.yaml"
+    again.write_text(cli.resolved())
+    repeated = parsed(f"--config={again}")
+    assert repeated.model.losses[DESIRABLE].label == "clicks"
+
+
+def test_a_resumed_run_has_the_same_terms(shards):
+    from mmfusion.options import contract
+
+    def of(*given: str) -> dict:
+        return contract(yaml.safe_load(parsed(*options(shards, *given)).resolved()))
+
+    one = of(f"--model.losses.more={json.dumps({DESIRABLE: {'class_path': 'InfoNCE'}})}")
+    other = of(
+        f"--model.losses.more={json.dumps({DESIRABLE: {'class_path': 'GradedInfoNCE'}})}", "--model.micro_batch=8"
+    )
+    differ = {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
+    assert f"model.losses.more.{DESIRABLE}.class_path" in differ
+    assert "model.micro_batch" in differ
+
+
+@pytest.mark.parametrize("name", ["InfoNCE", "GradedInfoNCE", "Sigmoid", "Distillation", "Matryoshka"])
+def test_losses_go_by_their_class_names(shards, name):
+    inner = {"loss": {"class_path": "InfoNCE"}, "dims": [16, 32]} if name == "Matryoshka" else {}
+    needed = {"label": "teacher"} if name == "Distillation" else inner
+    given = json.dumps({"class_path": name, "init_args": needed})
+    cli = parsed(*options(shards, f"--model.losses.query_product={given}"))
+    assert type(cli.model.losses["query_product"]).__name__ == name
+    if name == "Matryoshka":
+        assert list(cli.model.searched) == ["text", "image", "fused", "fused@32", "fused@16"]
+
+
+# ---- hard negatives --------------------------------------------------------------------------------------------------
+
+
+def test_where_hard_negatives_come_from_is_logged(shards, tmp_path):
+    logger = AppendingCSVLogger(tmp_path, name="exp", version="1")
+    data = small_data(shards, hard_negatives=2)
+    small_trainer(tmp_path, logger=logger, log_every_n_steps=2, steps=6).fit(small_module(micro_batch=9), data)
+    with (tmp_path / "exp/1/metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    assert len(rows) == 3
+    for row in rows:
+        assert float(row["data/hard/random"]) + float(row["data/hard/judged"]) == pytest.approx(1)
+
+
+# ---- not finite ------------------------------------------------------------------------------------------------------
+
+
+class Broken(InfoNCE):
+    """Not finite on the last of several ranks, in its second step."""
+
+    steps = 0
+
+    def forward(self, *args: object) -> Tensor:
+        self.steps += 1
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        found = super().forward(*args)
+        return found * float("inf") if self.steps == 2 and rank == ranks - 1 else found
+
+
+def broken(rank: int, world: int, shards: Path, folder: Path) -> str:
+    stages = {"all": Stage(Until(fraction=1.0), LossWeights(query_text=1.0, query_image=0.5))}
+    module = small_module(losses=Losses(query_text=Broken()), stages=stages)
+    trainer = small_trainer(folder, devices=world, strategy="ddp" if world > 1 else "auto", steps=4)
+    with pytest.raises(RuntimeError) as error:
+        trainer.fit(module, small_data(shards))
+    return str(error.value)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_naming_step_stage_and_term(shards, tmp_path):
+    said = broken(0, 1, shards, tmp_path)
+    assert said.startswith("the loss is not finite at step 1, stage all: query_text is inf; query_image is ")
+
+
+def test_it_stops_every_rank(shards, tmp_path):
+    said = run_ranks(broken, 2, shards, tmp_path, timeout=60)
+    assert said[0] == said[1]
+    assert said[0].startswith("the loss is not finite at step 1, stage all: query_text is inf on rank 1 of 2; query_im")
+
+
+# ---- leading dimensions ----------------------------------------------------------------------------------------------
+
+
+def test_the_dimensions_that_are_trained_to_do_alone():
+    def loss(*dims: int) -> Loss:
+        found = InfoNCE()
+        found.dims = dims
+        return found
+
+    losses = Losses(loss(2, 8), query_image=loss(4), text_image=loss(3), more={"query_product_x": loss(4, 2)})
+    stages = {
+        "one": Stage(Until(steps=1), LossWeights(query_product=1.0, text_image=1.0)),
+        "two": Stage(Until(fraction=1.0), LossWeights(query_text=1.0, more={"query_product_x": 1.0})),
+    }
+    assert trained_dims(stages, losses.modules(), 8) == {"fused": [2, 4], "text": []}
+    with pytest.raises(ValueError, match=r"model.losses.query_text: dims has 16, but model.dim is 8"):
+        small_module(losses=Losses(query_text=loss(4, 16)))
