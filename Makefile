@@ -39,8 +39,8 @@ setup: .venv/.ready  ## make .venv and install the pinned dependencies
 train: setup     ## EXP=fusion_gated [ENCODERS=tiny|minilm|dual] [DATA=shards] [ARGS="--..."]: train, then evaluate val and test
 	@$(MMFUSION) train --exp '$(EXP)' --encoders '$(ENCODERS)' --data '$(DATA)' $(ARGS)
 
-data: setup      ## FROM=catalogue|esci|fashion|marqo_gs|wands SRC=folder OUT=folder [JOBS=4] [MAX_SIDE=512] [ARGS="--..."]: data into shards; FROM=scores|negatives SRC=file OUT=shards: pairs beside them
-	@$(MMFUSION) data --from '$(FROM)' --src='$(SRC)' --out='$(OUT)' $(if $(JOBS),--jobs='$(JOBS)') $(if $(MAX_SIDE),--photos.max_side='$(MAX_SIDE)') $(ARGS)
+data: setup      ## FROM=catalogue|esci|fashion|marqo_gs|wands SRC=folder OUT=folder [JOBS=4] [MAX_SIDE=512] [ARGS="--..."]: data into shards; FROM=scores|negatives SRC=file OUT=shards [NAME=teacher]: pairs beside them
+	@$(MMFUSION) data --from '$(FROM)' --src='$(SRC)' --out='$(OUT)' $(if $(JOBS),--jobs='$(JOBS)') $(if $(MAX_SIDE),--photos.max_side='$(MAX_SIDE)') $(if $(NAME),--name='$(NAME)') $(ARGS)
 
 eval: setup      ## RUN=runs/... [DATA=shards] [SPLIT=test] [OUT=folder] [ARGS="--..."]: evaluate a run again
 	@$(MMFUSION) eval --run '$(RUN)' $(if $(DATA_GIVEN),--data '$(DATA)') $(if $(SPLIT),--split '$(SPLIT)') $(if $(OUT),--out '$(OUT)') $(ARGS)

@@ -81,11 +81,22 @@ class Candidates:
         return self._products(np.repeat(query, k), number.reshape(-1)).reshape(number.shape), source
 
     def instead(self, seed: int, epoch: int, query: int, product: int, j: int, taken: Sequence[int]) -> Iterator[int]:
-        """Up to TRIES products, at random, for the tuple's negative j, in the order in which they are tried."""
-        hashes = hashed(seed, epoch, HARD, query, product, -1 - j, np.arange(TRIES))
+        """Up to TRIES products, at random, for the tuple's negative j, in the order in which they are tried.
+
+        Of those that the query may be given and that are not `taken`, which are such as well; none when all are.
+        """
         queries = np.full(TRIES, query, np.int64)
-        found = self._products(queries, _modulo(hashes, self.free(queries)))
-        return (id for id in found.tolist() if id not in taken)
+        left = self.free(queries) - len(taken)
+        if not left[0]:
+            return iter(())
+        hashes = hashed(seed, epoch, HARD, query, product, -1 - j, np.arange(TRIES))
+        numbers = np.tile(self._numbers(query, np.array(taken, np.int64)), (TRIES, 1))
+        return iter(self._products(queries, _left(_modulo(hashes, left), numbers)).tolist())
+
+    def _numbers(self, query: int, product: Int64[np.ndarray, "product"]) -> Int64[np.ndarray, "product"]:
+        """Of products that are not positives of the query, their numbers."""
+        ahead = self.ahead[self.positive_start[query] : self.positive_start[query + 1]] - query * self.products
+        return product - np.searchsorted(ahead + np.arange(len(ahead)), product)
 
     def _products(self, query: Int64[np.ndarray, "row"], number: Int64[np.ndarray, "row"]) -> Int64[np.ndarray, "row"]:
         ahead = np.searchsorted(self.ahead, query * self.products + number, side="right")

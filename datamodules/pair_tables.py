@@ -80,13 +80,20 @@ def write_pair_table(
 
     Whoever reads meanwhile, or after this process was killed, finds the manifest as it was, or with the table. Raises
     ValueError when the name is none or taken by other content (unless `replace`), and when the rows or `made_by` (JSON)
-    are no such table's. `replace` takes the old table off the manifest first: killed there, neither is listed.
+    are no such table's. The same rows again restore a file that is missing or damaged. `replace` takes the old table
+    off the manifest first: killed there, neither is listed.
     """
     folder = _local(folder)
     path = folder / pair_file(name)
     if name in RESERVED:
         raise ValueError(f"a table of pairs cannot be called {name!r}: that is another source's name")
     manifest = read_manifest(folder)
+    if kind == "scores" and name in manifest.labels:
+        raise ValueError(
+            f"a table of scores cannot be called {name!r}: that is one of the shards' label columns "
+            f"({', '.join(manifest.labels)}), which losses name too"
+        )
+    _check_columns(query, product, score)
     ids = np.asarray(query, np.int64), np.asarray(product, np.int64)
     rows = PairRows(*ids, np.asarray(score, np.float32)).sorted()
     if problem := rows.problem(manifest):
@@ -98,12 +105,14 @@ def write_pair_table(
         if name in manifest.pairs:
             if _is_the_same(folder, name, kind, rows):
                 return path
+            listed = manifest.pairs[name]
+            if (listed.kind, listed.sha256) == (kind, table.sha256):  # but its file is missing or damaged
+                _write(path, content)
+                return path
             if not replace:
-                raise ValueError(f"{path} exists with other content: choose another name, or replace it")
+                raise ValueError(f"{path} exists with other content: choose another name, or replace it (--replace)")
             _list(folder, manifest, {pair: of for pair, of in manifest.pairs.items() if pair != name})
-        aside = path.with_name(path.name + ".part")
-        aside.write_bytes(content)
-        os.replace(aside, path)
+        _write(path, content)
         _list(folder, manifest, {**manifest.pairs, name: table})
     return path
 
@@ -143,6 +152,11 @@ def find_pair_table(store: Store, name: str, kind: PairKind, option: str) -> Pai
     """What the manifest says of it. Raises ValueError, with those there are, when it lists no such table."""
     tables = store.manifest.pairs
     there = [known for known, table in tables.items() if table.kind == kind]
+    if kind == "scores" and name in there and name in store.manifest.labels:
+        raise ValueError(
+            f"{option} names {name!r}, a table that is called as one of the label columns of {store.address} "
+            f"({', '.join(store.manifest.labels)}): write it again under another name"
+        )
     if name in there:
         return tables[name]
     near = difflib.get_close_matches(name, there, 1)
@@ -203,6 +217,21 @@ def _is_the_same(folder: Path, name: str, kind: PairKind, rows: PairRows) -> boo
     except ValueError:
         return False
     return all(np.array_equal(getattr(there, column), getattr(rows, column)) for column in COLUMNS)
+
+
+def _check_columns(query: np.ndarray, product: np.ndarray, score: np.ndarray) -> None:
+    """Raises ValueError unless the columns are equally long, and the ids integers."""
+    if not len(query) == len(product) == len(score):
+        raise ValueError(f"a table of pairs of {len(query)} queries, {len(product)} products and {len(score)} scores")
+    for name, ids in (("query", query), ("product", product)):
+        if not np.issubdtype(np.asarray(ids).dtype, np.integer):
+            raise ValueError(f"the {name} column holds {np.asarray(ids).dtype}; expected dense ids, which are integers")
+
+
+def _write(path: Path, content: bytes) -> None:
+    aside = path.with_name(path.name + ".part")
+    aside.write_bytes(content)
+    os.replace(aside, path)
 
 
 def _list(folder: Path, manifest: Manifest, pairs: dict[str, PairTable]) -> None:

@@ -159,6 +159,14 @@ class TupleDataModule(ShardsData, LightningDataModule):
     def hard_sources(self) -> list[str]:
         return ["random", *self.pairs.hard_from] if self.pairs.hard_negatives else []
 
+    @property
+    def hard_max_gain(self) -> float:
+        return self.pairs.hard_max_gain
+
+    @property
+    def score_tables(self) -> list[str]:
+        return list(self.pairs.scores)
+
     def pair_tables_in_use(self) -> dict[str, str]:
         """Set up for fit; before, and for evaluation, there are none."""
         return dict(self._pair_tables)

@@ -136,6 +136,8 @@ class RetrievalData(Protocol):
     val_corpus: str  # "all", or "judged+N": a sample that metrics must name
     gains: dict[str, Any]  # per label column, what its labels are worth and from where on they are relevant
     hard_sources: list[str]  # what TupleBatch.hard counts: "random" and data.hard_from; empty without hard negatives
+    hard_max_gain: float  # the most that those from judgments are worth in the primary label column; 0 without any
+    score_tables: list[str]  # the keys of TupleBatch.scores
 
     def texts(self) -> Iterator[str]:
         """Product texts of trainable products and train queries: what a tokenizer from scratch is trained on."""
@@ -157,8 +159,9 @@ class RetrievalData(Protocol):
         product: np.ndarray,
         score: np.ndarray,
         made_by: dict[str, Any],
+        replace: bool = False,
     ) -> Path:
-        """Writes a table of dense ids beside the data. made_by: where it comes from, as JSON."""
+        """Writes a table of dense ids beside the data. made_by: where it comes from, as JSON. replace: another of it."""
 
     def judgments(self, split: str) -> Judgments: ...
 

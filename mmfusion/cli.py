@@ -33,7 +33,8 @@ def main() -> None:
         sys.exit(2)
     try:
         verbs[verb](rest)
-    except Exception as error:
+    except Exception as raised:
+        error = _of_constructor(raised)
         if os.environ.get("MMFUSION_TRACEBACK") or not _is_for_users(error):
             raise
         said, rank = str(error).removeprefix("argument None: "), os.environ.get("LOCAL_RANK", "0")
@@ -44,11 +45,25 @@ def main() -> None:
         sys.exit(2)
 
 
+def _of_constructor(error: Exception) -> Exception:
+    """What a constructor raised that the parser of options called; else the error itself.
+
+    The parser tells such an error with all values that it was given.
+    """
+    while isinstance(error.__cause__, Exception) and "jsonargparse" in _raised_in(error).parts:
+        error = error.__cause__
+    return error
+
+
+def _raised_in(error: Exception) -> Path:
+    return Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+
+
 def _is_for_users(error: Exception) -> bool:
     """Whether the message was written for users: by our own checks, the parser of options or Lightning's checks."""
     if isinstance(error, argparse.ArgumentError) or type(error).__name__ == "MisconfigurationException":
         return True
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    raised_in = _raised_in(error)
     own = [ROOT / "mmfusion", ROOT / "datamodules"]
     return isinstance(error, ValueError | FileNotFoundError | FileExistsError) and any(
         folder in raised_in.parents for folder in own
@@ -157,9 +172,11 @@ def data(argv: list[str]) -> None:
     given = [arg for arg in rest if arg not in ("--src=", "--out=")]
     missing = [name for name in names if not any(arg.partition("=")[0] == f"--{name.lower()}" for arg in given)]
     if missing and not {"-h", "--help"} & set(given):
-        raise ValueError(
-            f"make data FROM={getattr(options, 'from')} needs {' and '.join(missing)}: make data SRC=folder OUT=folder"
-        )
+        name, usage = getattr(options, "from"), getattr(made, "usage", "SRC=folder OUT=folder")
+        raise ValueError(f"make data FROM={name} needs {' and '.join(missing)}: make data FROM={name} {usage}")
+    switches = {f"--{action.dest}" for action in parser._actions if getattr(action, "_typehint", None) is bool}
+    on = [arg in switches and after.startswith("--") for arg, after in zip(given, [*given[1:], "--"], strict=True)]
+    given = [f"{arg}=true" if alone else arg for arg, alone in zip(given, on, strict=True)]
     chosen = vars(parser.instantiate(parser.parse_args(given)))
     try:
         made(**chosen).run() if isinstance(made, type) else made(**chosen)
@@ -214,13 +231,14 @@ def mine(argv: list[str]) -> None:
         margin="how far below the query's best positive they must score, in cosine, or none; 0.05 without",
         view="that ranks; the run's primary one without",
     )
+    parser.add_argument("--replace", action="store_true", help="a table of that name, if there is one")
     options, rest = parser.parse_known_args(argv)
     from mmfusion.mining import Rules  # noqa: PLC0415
 
     rules = Rules.of(options.k, options.ranks, options.margin)
     from mmfusion.mine import mine_run  # noqa: PLC0415
 
-    mine_run(Path(options.run), options.data, rules, options.name, options.view, rest)
+    mine_run(Path(options.run), options.data, rules, options.name, options.view, rest, options.replace)
 
 
 def compare(argv: list[str]) -> None:

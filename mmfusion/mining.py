@@ -15,12 +15,12 @@ that the run has not learned yet, or a wrong label, would remove every hard nega
 them. Where the best positive ranks below the whole range, nothing is left, which is what the rule is for: such a
 ranking does not tell right from wrong.
 
-Duplicates: the text that the tower is given is equal, and the score differs by at most SAME. Text alone is not enough:
-where titles are sparse, "cotton shirt" names red and blue ones, and a red one is the best negative of "blue shirt".
-Equal inputs have equal vectors up to rounding, and so equal scores.
+Duplicates: the view that ranks cannot tell the product from the positive, as their vectors differ by at most SAME in
+length. Equal inputs have equal vectors up to rounding. Equal texts alone are not enough: where titles are sparse,
+"cotton shirt" names red and blue ones, and a red one is the best negative of "blue shirt".
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,9 +28,13 @@ from jaxtyping import Bool, Float, Float32, Int, Int8, Int64
 
 from mmfusion.batch import Judgments
 
-SAME = 1e-5  # greatest difference between scores of equal inputs
+SAME = 1e-5  # greatest distance between vectors of equal inputs, and so between their scores
+PAIRS = 1 << 15  # of vectors that are compared at a time
+MOST = 2**31 - 1
 UNKNOWN, IGNORED, POSITIVE = 0, 1, 2
 REMOVED = ("positive", "ignored", "margin", "duplicate")
+
+Vectors = Callable[[np.ndarray], np.ndarray]  # products' vectors in the view that ranks, by dense id
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,10 @@ class Rules:
     margin: float | None = 0.05
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"K={self.k}; expected at least 1 negative per query")
-        if not 1 <= self.first <= self.last:
-            raise ValueError(f"RANKS={self.first}:{self.last}; expected first:last such as 10:100, from 1 upwards")
+        if not 1 <= self.k <= MOST:
+            raise ValueError(f"K={self.k}; expected at least 1 negative per query, at most {MOST}")
+        if not 1 <= self.first <= self.last <= MOST:
+            raise ValueError(f"RANKS={self.first}:{self.last}; expected first:last such as 10:100, from 1 to {MOST}")
         if self.margin is not None and not 0 <= self.margin < 2:
             raise ValueError(f"MARGIN={self.margin:g}; expected a difference of cosines from 0 to below 2, or none")
 
@@ -109,8 +113,20 @@ class Known:
 
     def counts(self, query_ids: Int[np.ndarray, "query"]) -> Int[np.ndarray, "query"]:
         """How many products of each query are worth something."""
+        start, end = self._bounds(query_ids)
+        return end - start
+
+    def positives(
+        self, query_ids: Int[np.ndarray, "query"]
+    ) -> tuple[Int64[np.ndarray, "found"], Int64[np.ndarray, "found"]]:
+        """The positives of each query: its position in `query_ids`, ascending, and the product."""
+        row, at = _expanded(*self._bounds(query_ids))
+        row, at = row[self.positive[at]], at[self.positive[at]]
+        return row, self.pair[at] % max(self.products, 1)
+
+    def _bounds(self, query_ids: Int[np.ndarray, "query"]) -> tuple[np.ndarray, np.ndarray]:
         start = query_ids.astype(np.int64) * self.products
-        return np.searchsorted(self.pair, start + self.products) - np.searchsorted(self.pair, start)
+        return np.searchsorted(self.pair, start), np.searchsorted(self.pair, start + self.products)
 
     def with_positive(self, query_ids: Int[np.ndarray, "query"]) -> Int[np.ndarray, "trained"]:
         """The queries that have a positive: training draws no other."""
@@ -173,27 +189,28 @@ def mined(
     ids: Int[np.ndarray, "query k"],
     scores: Float32[np.ndarray, "query k"],
     known: Known,
-    text: Int[np.ndarray, "catalogue"],
+    vectors: Vectors,
     rules: Rules,
 ) -> Mined:
     """The negatives of queries, given their ranked lists, best first (id -1 where a list ends).
 
-    The result depends on a query's first `rules.last + known.counts` products alone, so a longer list gives the same.
-    text: a number per product, the same for equal texts.
+    Lists of `rules.last + known.counts` products are long enough: longer ones give the same. `vectors` is asked for
+    those of products that score like a positive of the same query, in the same order whenever the lists are the same.
     """
     kind, score = known.kinds(query_ids, ids), scores.astype(np.float64)
     free = (ids >= 0) & (kind == UNKNOWN)
     better = free.cumsum(1) - free  # free products above each place
     within = better < rules.last
     window = free & within & (better >= rules.first - 1)
-    needed = np.arange(ids.shape[1]) < (rules.last + known.counts(query_ids))[:, None]
-    positive = (kind == POSITIVE) & needed
+    positive = kind == POSITIVE
     close = np.zeros_like(window)
     if rules.margin is not None:
         best = np.where(positive, score, -np.inf).max(1, keepdims=True, initial=-np.inf)
         close = window & ~(score < best - rules.margin)
     same = window & ~close
-    same[same] = _among(same, positive, text[ids], score)
+    near, past = _near(same, positive, score, ids), _past(same, positive, score, query_ids, ids, known)
+    candidate, twin = np.hstack([near, past])
+    same[same] = _equal(ids[same], candidate, twin, vectors)
     kept = window & ~close & ~same
     kept &= kept.cumsum(1) <= rules.k
     row, _ = kept.nonzero()
@@ -207,30 +224,66 @@ def mined(
     )
 
 
-def _among(
+def _near(
     asked: Bool[np.ndarray, "query k"],
     positive: Bool[np.ndarray, "query k"],
-    text: Int[np.ndarray, "query k"],
     score: Float[np.ndarray, "query k"],
-) -> Bool[np.ndarray, "candidate"]:
-    """Whether each of the places `asked` has the text, and within SAME the score, of a positive of its own query.
+    ids: Int[np.ndarray, "query k"],
+) -> Int64[np.ndarray, "2 pair"]:
+    """Pairs of the n-th asked place and a positive in the same list that scores like it: n, and the positive.
 
-    Positives are laid on one line, by query and text and then by score: only neighbours on it can be that close.
+    Positives are laid on one line, by query and then by falling score, as they come: the near ones are neighbours.
     """
     if not positive.any() or not asked.any():
-        return np.zeros(asked.sum(), bool)
-    group = np.arange(len(text))[:, None] * (int(text.max()) + 1) + text
-    groups, number = np.unique(group[positive], return_inverse=True)
+        return np.zeros((2, 0), np.int64)
     step = 2 * np.abs(score[asked | positive]).max() + 1
-    line = np.sort(number * step + score[positive])
-    at = np.searchsorted(groups, group[asked]).clip(max=len(groups) - 1)
-    place = at * step + score[asked]
-    after = np.searchsorted(line, place).clip(max=len(line) - 1)
-    apart = np.minimum(np.abs(line[after] - place), np.abs(line[np.maximum(after - 1, 0)] - place))
-    return (groups[at] == group[asked]) & (apart <= SAME)
+    line = positive.nonzero()[0] * step - score[positive]
+    place = asked.nonzero()[0] * step - score[asked]
+    which, at = _expanded(np.searchsorted(line, place - 2 * SAME), np.searchsorted(line, place + 2 * SAME))
+    return np.stack([which, ids[positive][at].astype(np.int64)])
 
 
-def numbered(texts: Sequence[str]) -> Int64[np.ndarray, "catalogue"]:
-    """A number per text, the same for equal ones."""
-    numbers: dict[str, int] = {}
-    return np.array([numbers.setdefault(text, len(numbers)) for text in texts], np.int64)
+def _past(
+    asked: Bool[np.ndarray, "query k"],
+    positive: Bool[np.ndarray, "query k"],
+    score: Float[np.ndarray, "query k"],
+    query_ids: Int[np.ndarray, "query"],
+    ids: Int[np.ndarray, "query k"],
+    known: Known,
+) -> Int64[np.ndarray, "2 pair"]:
+    """The same of positives past the end of a list: they score at most like its last product."""
+    last = (asked & (score <= score[:, -1:] + 2 * SAME))[asked]
+    number, row = last.nonzero()[0], asked.nonzero()[0][last]
+    rows, place = np.unique(row, return_inverse=True)
+    of, product = known.positives(query_ids[rows])
+    listed = positive[rows].nonzero()[0] * known.products + ids[rows][positive[rows]]
+    unseen = ~np.isin(of * known.products + product, listed)
+    of, product = of[unseen], product[unseen]
+    which, at = _expanded(np.searchsorted(of, place), np.searchsorted(of, place, side="right"))
+    return np.stack([number[which], product[at]])
+
+
+def _equal(
+    products: Int[np.ndarray, "candidate"],
+    candidate: Int64[np.ndarray, "pair"],
+    positive: Int64[np.ndarray, "pair"],
+    vectors: Vectors,
+) -> Bool[np.ndarray, "candidate"]:
+    """Whether the vector of each product equals that of a positive that it is paired with."""
+    found = np.zeros(len(products), bool)
+    for start in range(0, len(candidate), PAIRS):
+        one, other = candidate[start : start + PAIRS], positive[start : start + PAIRS]
+        ids, place = np.unique(np.concatenate([products[one], other]), return_inverse=True)
+        rows = vectors(ids)
+        apart = np.linalg.norm(rows[place[: len(one)]] - rows[place[len(one) :]], axis=1)
+        found[one[apart <= SAME]] = True
+    return found
+
+
+def _expanded(
+    start: Int[np.ndarray, "range"], end: Int[np.ndarray, "range"]
+) -> tuple[Int64[np.ndarray, "number"], Int64[np.ndarray, "number"]]:
+    """All numbers from each start to before its end, in order, after the range that each comes from."""
+    count = end - start
+    which = np.repeat(np.arange(len(start)), count)
+    return which, np.arange(len(which)) - np.repeat(count.cumsum() - count, count) + start[which]

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from mmfusion import optim as optimisation
 from mmfusion.batch import ProductBatch, QueryBatch, RetrievalData, TupleBatch
+from mmfusion.contract import refuse_another_run
 from mmfusion.encoders import ImageEncoder, ScratchTextEncoder, TextEncoder
 from mmfusion.features import Features, after_dropout
 from mmfusion.fusion import FusionHead, Gated
 from mmfusion.optim import Optim
-from mmfusion.options import refuse_another_run
 from mmfusion.reach import reached
 from mmfusion.retrieval.collected import QUERY, Collected, collect, measured_views, with_dims
 from mmfusion.retrieval.evaluation import VALIDATION, Evaluation, ViewResult, add_baselines
@@ -25,7 +25,8 @@ from mmfusion.retrieval.examples import main_metric
 from mmfusion.retrieval.slices import find_columns
 from mmfusion.retrieval.topk import tie_ranks
 from mmfusion.stages import Group, Stage, StagedModule, StagePlan
-from mmfusion.terms import Losses, check_terms, loss_terms, sides, stop_unless_finite, trained_dims
+from mmfusion.term_checks import check_data, check_terms
+from mmfusion.terms import Losses, loss_terms, sides, stop_unless_finite, trained_dims
 from mmfusion.towers import MODALITIES, ProductTower, QueryTower, View
 
 Modality = Literal["text", "image"]
@@ -130,6 +131,8 @@ class RetrievalModule(StagedModule):
 
     def setup(self, stage: str) -> None:
         find_columns(self.data, self.evaluation.slices)  # a wrong name is told before training, not after
+        if stage == "fit":
+            check_data(self.stages, self.losses, self.data)
         views = filter(None, (self.query, self.product.text, self.product.image))
         encoders = list(dict.fromkeys(cast(TextEncoder | ImageEncoder, view.encoder) for view in views))
         for encoder in encoders:

@@ -1,10 +1,12 @@
-"""Options around the parser: rates that join a stage's table, messages that name what is near, what a resume keeps."""
+"""Options around the parser: rates that join a stage's table, messages that name what is near."""
 
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +14,16 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 import mmfusion.fusion
-from mmfusion.retrieval.side import flattened
+import mmfusion.losses
+from mmfusion.losses import Loss
 from mmfusion.stages import Group, LossWeights, Stage, Until
-
-# What may differ when a run is resumed: where things are, how fast they are made, what is only reported.
-RESUME_MAY_CHANGE = (
-    "data.path", "data.workers", "data.eval_batch_size", "data.test_splits", "data.photo_cache_mib",
-    "data.max_broken", "data.verify", "data.cache", "data.allow_pipe",
-    "model.memo_gib", "model.evaluation", "model.compile", "model.zero_shot",
-)  # fmt: skip
-# The trainer's options that decide the weights; its others may change.
-RESUME_KEEPS_OF_TRAINER = (
-    "max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision",
-    "limit_train_batches",
-)  # fmt: skip
+from mmfusion.terms import Losses
 
 Tables = dict[tuple[str, str], dict[str, Any]]  # by stage and name
 
 ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^\s?#]*)(\S*)")
 PIPE = re.compile(r"(?<!\w)pipe:.*", re.DOTALL)
+NO_CLASS = re.compile(r"(?:dot import path string: |has no attribute '|class, but |Import path )(?:\w+\.)*(\w+)")
 OF_TABLE = re.compile(r"--model\.stages\.([^.=]+)\.(rates|losses\.more)\.([^.=]+)=(.*)")
 
 
@@ -80,17 +73,29 @@ def with_merged_tables(argv: list[str]) -> list[str]:
 
 
 def _tables_after(tables: Tables, file: Path) -> Tables:
-    """Each stage's tables once a file is laid over: its stages replace those before, keeping what they do not name."""
-    config = yaml.safe_load(file.read_text()) if file.is_file() else None
-    stages = ((config or {}).get("model") or {}).get("stages")
+    """Each stage's tables once a file is laid over: its stages replace those before, keeping what they do not name.
+
+    What is no mapping is passed over: the parser refuses it.
+    """
+    config = None
+    with contextlib.suppress(yaml.YAMLError, OSError):
+        config = yaml.safe_load(file.read_text())
+    stages = _mapping(_mapping(_mapping(config).get("model")).get("stages"))
     if not stages:
         return tables
     found: Tables = {}
     for name, stage in stages.items():
-        given = {"rates": stage.get("rates"), "losses.more": (stage.get("losses") or {}).get("more")}
+        given = {
+            "rates": _mapping(stage).get("rates"),
+            "losses.more": _mapping(_mapping(stage).get("losses")).get("more"),
+        }
         for table, values in given.items():
-            found[name, table] = dict((tables.get((name, table)) if values is None else values) or {})
+            found[name, table] = dict(_mapping(tables.get((name, table)) if values is None else values))
     return found
+
+
+def _mapping(value: Any) -> dict[Any, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _number(value: str) -> float | str:
@@ -104,35 +109,33 @@ def explained(message: str, parser: LightningArgumentParser) -> str:
     if re.search(r"Parser key .model\.fusion", message):
         heads = [name for name in mmfusion.fusion.__all__ if name != "FusionHead"]
         message += f"\nmodel.fusion takes a class name: {', '.join(heads)}"
+    if re.search(r"Parser key .model\.losses", message) and (classes := NO_CLASS.findall(message)):
+        message += f"\nmodel.losses takes a class name for each term: {', '.join(_losses())}"
+        message += "".join(_nearest(name, _losses()) for name in dict.fromkeys(classes) if name not in _losses())
     options = [option for action in parser._actions for option in action.option_strings]
-    of_stages = [f.name for part in (Stage, Until, LossWeights, Group) for f in dataclasses.fields(part)]
     for unknown in re.findall(r"--[\w.]+", message) if "unrecognized" in message else []:
         message += _nearest(unknown, options)
-    for unknown in re.findall(r"option '([\w.]+)'", message):
-        message += _nearest(unknown, of_stages)
+    known = [f.name for part in (Stage, Until, LossWeights, Group, Losses) for f in dataclasses.fields(part)]
+    for name in re.findall(r"Problem with given class_path '([\w.]+)'", message):
+        known += _parameters_of(name)
+    for unknown in re.findall(r"option '([\w.]+)'", message, re.IGNORECASE):
+        message += _nearest(unknown, known)
     return message
 
 
+def _losses() -> list[str]:
+    classes = {name: getattr(mmfusion.losses, name) for name in mmfusion.losses.__all__}
+    concrete = {name: part for name, part in classes.items() if inspect.isclass(part) and not inspect.isabstract(part)}
+    return [name for name, part in concrete.items() if issubclass(part, Loss)]
+
+
+def _parameters_of(class_path: str) -> list[str]:
+    """Of a class that the parser has imported; none where there is no such class."""
+    module, _, name = class_path.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    return list(inspect.signature(found).parameters) if inspect.isclass(found) else []
+
+
 def _nearest(unknown: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(unknown, known, 3)
+    near = difflib.get_close_matches(unknown, list(dict.fromkeys(known)), 3)
     return f"\n{unknown}: the nearest names are {', '.join(near)}" if near else ""
-
-
-def contract(config: dict[str, Any]) -> dict[str, Any]:
-    """What a resumed run must share with the run it goes on from, as dotted keys."""
-    bound = {key: config[key] for key in ("seed_everything", "model", "data")}
-    bound["trainer"] = {key: config["trainer"].get(key) for key in RESUME_KEEPS_OF_TRAINER}
-    flat = {key.replace(".init_args.", "."): value for key, value in flattened(bound).items()}
-    return {key: value for key, value in flat.items() if not key.startswith(RESUME_MAY_CHANGE)}
-
-
-def refuse_another_run(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Raises ValueError where the contract of a run differs from that of the checkpoint it would go on from."""
-    differs = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
-    if differs:
-        lines = [f"  {key}: the checkpoint has {theirs.get(key)}, this run {ours.get(key)}" for key in differs[:8]]
-        more = [f"  and {len(differs) - 8} more"] if len(differs) > 8 else []
-        raise ValueError(
-            "the checkpoint cannot be resumed as another run; make these equal or start afresh:\n"
-            + "\n".join(lines + more)
-        )

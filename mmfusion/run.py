@@ -19,11 +19,12 @@ from lightning.pytorch.loggers import WandbLogger
 
 from mmfusion.batch import RetrievalData
 from mmfusion.checkpoints import BestCheckpoint, LastCheckpoint, WholeFiles, best_of
+from mmfusion.contract import contract
 from mmfusion.dashboard import final_values, log_evaluation
 from mmfusion.environment import MadeWith, commit
 from mmfusion.loggers import Wandb, make_loggers
 from mmfusion.module import RetrievalModule
-from mmfusion.options import all_shown, contract, explained, shown, with_merged_tables
+from mmfusion.options import all_shown, explained, shown, with_merged_tables
 from mmfusion.outcome import leave, metrics_of, write_trec
 from mmfusion.progress import RunProgress
 from mmfusion.retrieval.report import read_results, write_results
@@ -99,6 +100,11 @@ class FusionCLI(LightningCLI):
         for name, (kept, why) in DECIDED.items():
             if self.config.trainer[name] not in (kept, None):
                 raise ValueError(f"trainer.{name} is not an option of a run: {why}")
+        if str(self.config.trainer.precision).endswith("16-true"):
+            raise ValueError(
+                f"trainer.precision={self.config.trainer.precision} would hold the weights in 16 bits, in which small "
+                "steps are lost (a temperature's first of all): bf16-mixed computes in 16 bits and holds them in 32"
+            )
         callbacks: list[Callback] = [StageSwitch()]
         if self.config.trainer.enable_progress_bar is not False:
             callbacks.append(RunProgress())

@@ -1,11 +1,10 @@
 """The terms of the loss: their names and sides, which pairs each is about, and what they come to on a batch."""
 
-import difflib
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -16,6 +15,8 @@ from mmfusion.losses import InfoNCE, Loss, Pairs, identity_pairs, match_pairs
 from mmfusion.losses.gather import gather_rows
 from mmfusion.stages import Stage
 from mmfusion.towers import MODALITIES
+
+Reads = Literal["judgments", "scores"]
 
 # The two sides of each loss term.
 TERM_VIEWS: dict[str, tuple[str, str]] = {
@@ -71,42 +72,24 @@ def sides(terms: Iterable[str]) -> set[str]:
     return set(itertools.chain.from_iterable(map(views_of, terms)))
 
 
-def check_terms(stages: Mapping[str, Stage], losses: nn.ModuleDict, views: Sequence[str], dim: int) -> None:
-    """Raises ValueError for a weight or a loss that this model has no use for; `views` are the product's."""
-    known = [term for term in losses if term not in TERM_VIEWS]
-    for name, stage in stages.items():
-        for term in stage.losses.more:
-            if term not in known:
-                near = difflib.get_close_matches(term, known, 1)
-                raise ValueError(
-                    f"model.stages.{name}.losses.more.{term}: there is no such term; model.losses.more has "
-                    f"{', '.join(known) or 'none'}" + (f". Did you mean {near[0]}?" if near else "")
-                )
-        for term in stage.losses.active():
-            missing = sides([term]) - {"query", *views}
-            if missing:
-                raise ValueError(
-                    f"model.stages.{name}.losses.{term} needs the view {missing.pop()!r}, which this model lacks "
-                    f"(model.modalities gives the views {', '.join(views)})"
-                )
-        if not stage.losses.active():
-            raise ValueError(f"model.stages.{name}.losses: every weight is 0; give one of {', '.join(losses)}")
-    for term, loss in losses.items():
-        label = cast(Loss, loss).label
-        if "query" not in views_of(term) and label is not None:
-            raise ValueError(
-                f"model.losses.{term} has the label {label!r}, but its pairs are products with themselves: no label"
-            )
-        wide = [size for size in cast(Loss, loss).dims if size > dim]
-        if wide:
-            raise ValueError(f"model.losses.{term}: dims has {wide[0]}, but model.dim is {dim}")
+def active_terms(stages: Mapping[str, Stage]) -> list[str]:
+    """Those that any stage trains with."""
+    return list(dict.fromkeys(term for stage in stages.values() for term in stage.losses.active()))
+
+
+def parts_of(loss: Loss) -> list[Loss]:
+    """The loss, the one that it is made around (Matryoshka), and so on."""
+    return [part for part in loss.modules() if isinstance(part, Loss)]
+
+
+def reads_of(loss: Loss) -> Reads:
+    return parts_of(loss)[-1].reads
 
 
 def trained_dims(stages: Mapping[str, Stage], losses: nn.ModuleDict, dim: int) -> dict[str, list[int]]:
     """By product view, the fewer leading dimensions that a stage trains to do alone against the query."""
-    active = dict.fromkeys(term for stage in stages.values() for term in stage.losses.active())
     found: dict[str, set[int]] = {}
-    for term in active:
+    for term in active_terms(stages):
         left, right = views_of(term)
         if left == "query":
             found.setdefault(right, set()).update(cast(Loss, losses[term]).dims)
@@ -124,28 +107,21 @@ def loss_terms(
     valid |= {
         name: there & batch.product.valid for name, there in zip(MODALITIES, batch.product.present.T, strict=True)
     }
-    pairs: dict[str, Pairs] = {}
+    pairs: dict[tuple[Reads, str] | None, Pairs] = {}
     terms = {}
     for name in sorted(names):
         left, right = views_of(name)
         loss = cast(Loss, losses[name])
-        key = "identity of products" if left != "query" else loss.label or next(iter(batch.judged))
+        key = None if left != "query" else (reads_of(loss), loss.label or next(iter(batch.judged)))
         if key not in pairs:
-            pairs[key] = identity_pairs(batch.product.id) if left != "query" else _listed(batch, name, key)
+            pairs[key] = identity_pairs(batch.product.id) if key is None else _listed(batch, *key)
         terms[name] = loss(vectors[left], vectors[right], pairs[key], valid[left], valid[right])
     return terms
 
 
-def _listed(batch: TupleBatch, term: str, label: str) -> Pairs:
-    tables = batch.scores | batch.judged
-    if label not in tables:
-        near = difflib.get_close_matches(label, tables, 1)
-        raise ValueError(
-            f"model.losses.{'' if term in TERM_VIEWS else 'more.'}{term}.init_args.label {label!r} is neither one of "
-            f"the shards' label columns ({', '.join(batch.judged)}) nor of the tables of data.scores "
-            f"({', '.join(batch.scores) or 'none'})" + (f". Did you mean {near[0]}?" if near else "")
-        )
-    return match_pairs(batch.query.id, tables[label], products=len(batch.product.id))
+def _listed(batch: TupleBatch, reads: Reads, label: str) -> Pairs:
+    judged = (batch.judged if reads == "judgments" else batch.scores)[label]  # term_checks.check_data has seen to it
+    return match_pairs(batch.query.id, judged, products=len(batch.product.id))
 
 
 def stop_unless_finite(total: Float[Tensor, ""], terms: Mapping[str, Float[Tensor, ""]], where: str) -> None:

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 from datamodules.importers.published import require
 from datamodules.importing.staging import texts
 from datamodules.importing.tables import place, table_batches
-from datamodules.manifest import read_manifest
-from datamodules.pair_tables import write_pair_table
+from datamodules.manifest import Manifest, pair_file, read_manifest
+from datamodules.pair_tables import RESERVED, write_pair_table
 
 ROWS = 1 << 18  # mapped at a time: each time, the catalogue's ids are hashed
 
@@ -33,25 +33,40 @@ class _Pairs:
     src: str
     out: str
     name: str | None = None
+    replace: bool = False
+
+    usage: ClassVar[str] = "SRC=file OUT=shards"
 
     def run(self) -> Path:
         """Writes the table and returns it. Raises FileNotFoundError or ValueError; then nothing is written."""
         src, out = Path(self.src), Path(self.out)
         if not src.is_file():
             raise FileNotFoundError(f"SRC={src} is no file; expected a table with query_id, product_id and score")
-        read_manifest(out)  # says what is wrong with a folder that holds no shards
-        name = self.name if self.name is not None else _stem(src)
+        name = self._name(src, read_manifest(out))
         ids = {column: _ids(out, column) for column in ("query_id", "product_id")}
         query, product, score = self._read(src, ids)
-        _check_once(src, query, product, len(ids["product_id"]))
-        order = np.lexsort((product, query))
+        order = _order(src, query, product, len(ids["product_id"]))
         made_by: dict[str, Any] = {
             "importer": self.kind, "file": src.name, "sha256": _sha256(src), "rows": len(query)
         }  # fmt: skip
-        table = write_pair_table(out, name, self.kind, query[order], product[order], score[order], made_by)
+        table = write_pair_table(
+            out, name, self.kind, query[order], product[order], score[order], made_by, self.replace
+        )
         print(f"{len(query):,} pairs of {len(np.unique(query)):,} queries, {self._used(out, query):,} of them in train")
         print(f"{self.kind}: {table}")
         return table
+
+    def _name(self, src: Path, manifest: Manifest) -> str:
+        """Raises ValueError, before the file is read, for what no such table may be called."""
+        name = self.name if self.name is not None else _stem(src)
+        try:
+            pair_file(name)
+            if name in {*RESERVED, *(manifest.labels if self.kind == "scores" else ())}:
+                raise ValueError(f"{name!r} is a label column or another source of pairs already")
+        except ValueError as error:
+            given = f"NAME={name}" if self.name is not None else f"SRC={src} gives the table the name {name!r}"
+            raise ValueError(f"{given}: {error}. Choose a name by NAME=... (--name)") from error
+        return name
 
     def _read(self, src: Path, ids: dict[str, pa.Array]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Dense ids and scores of all rows, in the file's order."""
@@ -83,6 +98,7 @@ class Scores(_Pairs):
             ids; a score is any finite number.
         out: Folder of shards, which exists.
         name: Of the table: letters in lower case, digits, - and _. Default: the file's name without its ending.
+        replace: Put it in the place of a table of that name, if there is one.
     """
 
     kind = "scores"
@@ -97,6 +113,7 @@ class Negatives(_Pairs):
             a column score is kept, without one it is 0.
         out: Folder of shards, which exists.
         name: Of the table: letters in lower case, digits, - and _. Default: the file's name without its ending.
+        replace: Put it in the place of a table of that name, if there is one.
     """
 
     kind = "negatives"
@@ -156,14 +173,15 @@ def _number(cell: str) -> float:
         return np.nan
 
 
-def _check_once(src: Path, query: np.ndarray, product: np.ndarray, products: int) -> None:
-    """Raises ValueError when a pair is listed twice."""
+def _order(src: Path, query: np.ndarray, product: np.ndarray, products: int) -> np.ndarray:
+    """That of (query, product). Raises ValueError when a pair is listed twice."""
     pair = query * products + product
     order = np.argsort(pair, kind="stable")
     twice = np.flatnonzero(np.diff(pair[order]) == 0)
     if len(twice):
         row, other = int(order[twice[0] + 1]), int(order[twice[0]])
         raise _error(src, row, f"the same query and product as in {place(src, other)}; a pair is listed once")
+    return order
 
 
 def _error(src: Path, row: int, problem: str) -> ValueError:

@@ -250,6 +250,7 @@ class Reader:
 
         One that cannot is not noted here, but in its own turn; one shown without its photo is.
         """
+        last = None
         for id in ids:
             try:
                 shown = self._shown(self._sample(id), pixels, failed)
@@ -258,6 +259,8 @@ class Reader:
             else:
                 assert shown is not None, "of a sample that was read"
                 return shown
+        if last is None:
+            raise ValueError(f"product {product} cannot be read, and there is no other that could take its place")
         raise ValueError(f"none of {TRIES} products that could take the place of product {product} can be read: {last}")
 
     def _products(

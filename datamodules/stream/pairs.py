@@ -29,6 +29,8 @@ class PairOptions:
         """Raises ValueError for options that no data could suit, or that would do nothing."""
         if self.hard_negatives < 0:
             raise ValueError(f"data.hard_negatives is {self.hard_negatives}; expected at least 0")
+        if not self.hard_max_gain >= 0:
+            raise ValueError(f"data.hard_max_gain is {self.hard_max_gain}; expected a gain of at least 0")
         for option in ("hard_from", "scores"):
             twice = [name for name, times in Counter(getattr(self, option)).items() if times > 1]
             if twice:
@@ -69,9 +71,38 @@ class PairOptions:
                 rows = read_pair_table(shards.store, name, "negatives", "data.hard_from")
                 sources.append((rows.query, rows.product))
         positives = (judged.query[positive], judged.product[positive])
+        least = gain[(gain > self.hard_max_gain) & ~positive].min(initial=np.inf)
+        self._check_sources(sources, positives, shards, float(least))
         found = Candidates.of(len(shards.queries), len(shards), positives, sources)
         self._check_free(found, shards)
         return found
+
+    def _check_sources(
+        self,
+        sources: list[tuple[np.ndarray, np.ndarray]],
+        positives: tuple[np.ndarray, np.ndarray],
+        shards: Shards,
+        least: float,
+    ) -> None:
+        """Raises ValueError for a source of which nothing is ever drawn. `least`: the gain that "judged" would need."""
+        positive = positives[0].astype(np.int64) * len(shards) + positives[1]
+        trained = np.zeros(len(shards.queries), bool)  # training draws no other query
+        trained[positives[0]] = True
+        for name, (query, product) in zip(self.hard_from, sources, strict=True):
+            pairs = (query.astype(np.int64) * len(shards) + product)[trained[query]]
+            if len(pairs) and not np.isin(pairs, positive).all():
+                continue
+            if name == JUDGED:
+                raise ValueError(
+                    f"data.hard_from names {name!r}, but no train query with a positive has a product that is judged "
+                    f"as worth at most data.hard_max_gain={self.hard_max_gain:g} in {shards.manifest.primary}: "
+                    + (f"set that to {least:g}, " if np.isfinite(least) else "")
+                    + "mine a table and name it (make mine), or set data.hard_from=[] to draw all at random"
+                )
+            raise ValueError(
+                f"data.hard_from names {name!r}, but none of its {len(query):,} pairs is of a train query with a "
+                "positive and no positive itself: leave it out, or mine another table (make mine)"
+            )
 
     def _check_free(self, candidates: Candidates, shards: Shards) -> None:
         free = candidates.free(np.arange(len(shards.queries)))

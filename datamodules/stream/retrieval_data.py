@@ -129,9 +129,8 @@ class ShardsData:
     def check_pair_table(self, name: str) -> None:
         pair_file(name)
         self._folder_of_pairs()
-        if name in RESERVED or name in self.shards.manifest.pairs:
-            taken = "exists" if name in self.shards.manifest.pairs else "is another source's name"
-            raise ValueError(f"{self.address}: the table of pairs {name!r} {taken}: choose another name")
+        if name in RESERVED:
+            raise ValueError(f"a table of pairs cannot be called {name!r}, another source's name: choose another name")
 
     def add_pair_table(
         self,
@@ -141,8 +140,9 @@ class ShardsData:
         product: Int64[np.ndarray, "row"],
         score: Float32[np.ndarray, "row"],
         made_by: dict[str, Any],
+        replace: bool = False,
     ) -> Path:
-        return write_pair_table(self._folder_of_pairs(), name, kind, query, product, score, made_by)
+        return write_pair_table(self._folder_of_pairs(), name, kind, query, product, score, made_by, replace)
 
     def _folder_of_pairs(self) -> Path:
         """Raises ValueError where none can be written."""

@@ -6,6 +6,7 @@ gives all three, and one pass gives the gradient: both directions share each pro
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE = 2**19  # entries of the matrix that are worked on at a time: a core's cache holds them
+from mmfusion.precision import full_precision
+
+# Entries of the matrix that are worked on at a time: a core's cache holds them; elsewhere what fills a GPU.
+TILE = {"cpu": 2**19}
+FILLS = 2**26
 PART = 2**24  # entries of its gradient that exist at a time where the whole matrix was kept
 
 
@@ -35,7 +40,7 @@ def contrast(
     columns: bool = True,
     chunk: int | None = None,
 ) -> Contrast:
-    """The statistics of query . product, in the inputs' precision, which is not autocast.
+    """The statistics of query . product, in the inputs' precision: neither autocast nor TF32.
 
     listed: pairs of valid rows that are no negatives, each once, sorted by row; only they have similarities. columns:
     False leaves out the columns' statistics. chunk: rows of the matrix that exist at a time, computed again in the
@@ -44,7 +49,7 @@ def contrast(
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is {chunk}; expected a number of rows, at least 1")
-    with torch.autocast(query.device.type, enabled=False):
+    with full_precision(query.device):
         return Contrast(*_Contrast.apply(query, product, listed, query_valid, product_valid, columns, chunk))
 
 
@@ -61,11 +66,11 @@ class _Contrast(torch.autograd.Function):
         chunk: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         bias = torch.zeros_like(product[:, 0]).masked_fill_(~product_valid, torch.finfo(product.dtype).min)
-        masked_rows = ~query_valid
+        masked = (~query_valid).nonzero()[:, 0]
         row, similarity = query.new_empty(len(query)), query.new_empty(len(listed))
         column = torch.full_like(bias, torch.finfo(bias.dtype).min)
         kept = None
-        for part in _parts(query, product, listed, masked_rows, bias, chunk):
+        for part in _parts(query, product, listed, masked, bias, chunk):
             similarity[part.pairs] = part.logits[part.listed]
             part.mask()
             for rows in _tiles(part.logits):
@@ -74,16 +79,16 @@ class _Contrast(torch.autograd.Function):
                     torch.logaddexp(column, part.logits[rows].logsumexp(0), out=column)
             kept = part.logits if chunk is None else None
         ctx.columns, ctx.chunk = columns, chunk
-        ctx.save_for_backward(query, product, listed, masked_rows, bias, row, column, kept)
+        ctx.save_for_backward(query, product, listed, masked, bias, row, column, kept)
         return row, column, similarity
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, to_row: Tensor, to_column: Tensor, to_listed: Tensor) -> tuple[Tensor | None, ...]:
-        query, product, listed, masked_rows, bias, row, column, kept = ctx.saved_tensors
+        query, product, listed, masked, bias, row, column, kept = ctx.saved_tensors
         to_query, to_product = torch.empty_like(query), torch.zeros_like(product)
-        with torch.autocast(query.device.type, enabled=False):
-            for part in _parts(query, product, listed, masked_rows, bias, ctx.chunk, kept):
+        with full_precision(query.device):
+            for part in _parts(query, product, listed, masked, bias, ctx.chunk, kept):
                 if kept is None:
                     part.mask()
                 gradient = torch.empty_like(part.logits)  # what was kept stays: the backward pass may run again
@@ -105,20 +110,20 @@ class _Part(NamedTuple):
     pairs: slice
     logits: Tensor
     listed: tuple[Tensor, Tensor]
-    masked_rows: Tensor
+    masked: Tensor
 
     def mask(self) -> None:
         """Leaves the negatives: all else gets the lowest finite number, whose probability is exactly 0."""
         lowest = torch.finfo(self.logits.dtype).min
         self.logits[self.listed] = lowest
-        self.logits[self.masked_rows] = lowest
+        self.logits[self.masked] = lowest
 
 
 def _parts(
     query: Tensor,
     product: Tensor,
     listed: Tensor,
-    masked_rows: Tensor,
+    masked: Tensor,
     bias: Tensor,
     chunk: int | None,
     kept: Tensor | None = None,
@@ -127,14 +132,15 @@ def _parts(
     size = max(1, chunk or (len(query) if kept is None else PART // max(1, len(bias))))
     starts = range(0, len(query), size)
     ends = torch.tensor([min(start + size, len(query)) for start in starts], device=listed.device)
-    counts = torch.searchsorted(listed[:, 0].contiguous(), ends).tolist()
-    for start, first, end in zip(starts, [0, *counts], counts, strict=False):
+    bounds = torch.stack([torch.searchsorted(place, ends) for place in (listed[:, 0].contiguous(), masked)]).tolist()
+    edges = [pairwise([0, *ends]) for ends in bounds]
+    for start, (first, end), (before, after) in zip(starts, *edges, strict=True):
         rows = slice(start, min(start + size, len(query)))
         at = listed[first:end]
         logits = torch.addmm(bias, query[rows], product.T) if kept is None else kept[rows]
-        yield _Part(rows, slice(first, end), logits, (at[:, 0] - start, at[:, 1]), masked_rows[rows].nonzero()[:, 0])
+        yield _Part(rows, slice(first, end), logits, (at[:, 0] - start, at[:, 1]), masked[before:after] - start)
 
 
 def _tiles(logits: Tensor) -> Iterator[slice]:
-    size = max(1, TILE // max(1, logits.shape[1]))
+    size = max(1, TILE.get(logits.device.type, FILLS) // max(1, logits.shape[1]))
     return (slice(start, start + size) for start in range(0, len(logits), size))

@@ -11,6 +11,7 @@ from mmfusion.losses.functional import segment_logsumexp, widened
 from mmfusion.losses.gather import gather_rows, own_rows, share_of_mean
 from mmfusion.losses.modules import Scaled
 from mmfusion.losses.pairs import Pairs
+from mmfusion.precision import full_precision
 
 Kind = Literal["kl", "margin"]
 ENTRIES = 2**22  # of the pairs' rows at a time: millions of pairs would hold each row once per pair
@@ -31,6 +32,8 @@ class Distillation(Scaled):
         learnable: whether our temperature is trained.
         max_scale: the largest 1 / temperature; training is held there.
     """
+
+    reads = "scores"
 
     def __init__(
         self,
@@ -65,7 +68,7 @@ class Distillation(Scaled):
         scored = pairs.between(all_left, gather_rows(right_valid))
         taught = torch.bincount(scored.rows[:, 0], minlength=len(all_left)) > 1
         own = scored.where(taught[scored.rows[:, 0]]).of_rows(own_rows(len(left)))
-        with torch.autocast(left.device.type, enabled=False):
+        with full_precision(left.device):
             left, right = widened(left), gather_rows(widened(right))
             student = self.scale * pair_similarities(left, right, own.rows)
             teacher = own.gain.to(student.dtype) / self.teacher_temperature

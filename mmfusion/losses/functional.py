@@ -1,8 +1,8 @@
 """The mathematics of the losses, on tensors alone: no ranks, no Lightning, no parameters.
 
-Numerical policy, of all losses: similarities and losses in fp32 or wider (under autocast too), and sums of exponentials
-only as log-sum-exp, so that a scale of 100 is safe. What is masked has the lowest finite similarity, not minus
-infinity: its probability is exactly 0 and a row of which nothing is left has gradient 0, not NaN.
+Numerical policy, of all losses: similarities and losses in fp32 or wider, whatever autocast and TF32 do elsewhere, and
+sums of exponentials only as log-sum-exp, so that a scale of 100 is safe. What is masked has the lowest finite
+similarity, not minus infinity: its probability is exactly 0 and a row of which nothing is left has gradient 0, not NaN.
 """
 
 from typing import Literal, get_args

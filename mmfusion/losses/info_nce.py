@@ -2,14 +2,13 @@
 
 from abc import abstractmethod
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mmfusion.losses.contrast import contrast
 from mmfusion.losses.functional import Positives, graded_info_nce, row_weights, widened
 from mmfusion.losses.gather import exchange_columns, gather_ragged, gather_rows, own_rows, share_of_mean
-from mmfusion.losses.modules import Scaled
+from mmfusion.losses.modules import Scaled, check_hard
 from mmfusion.losses.pairs import Pairs
 
 
@@ -56,11 +55,10 @@ class Contrastive(Scaled):
         all_left, all_right = gather_rows(left_valid), gather_rows(right_valid)
         pairs = self.listed(pairs, len(left), len(right)).between(all_left, all_right).sorted()
         own = pairs.of_rows(own_rows(len(left)))
-        with torch.autocast(left.device.type, enabled=False):
-            found = contrast(
-                self.scale * widened(left), gather_rows(widened(right)), own.rows, left_valid, all_right,
-                columns=self.symmetric, chunk=self.chunk,
-            )  # fmt: skip
+        found = contrast(
+            self.scale * widened(left), gather_rows(widened(right)), own.rows, left_valid, all_right,
+            columns=self.symmetric, chunk=self.chunk,
+        )  # fmt: skip
         loss = self._mean(found.row, found.listed, own, self._total(pairs, len(all_left)))
         if not self.symmetric:
             return loss
@@ -125,13 +123,14 @@ class InfoNCE(Contrastive):
         chunk: int | None = None,
     ) -> None:
         super().__init__(label, temperature, learnable, max_scale, symmetric, positives, hard_up_to, chunk)
+        check_hard(mask_false_negatives, hard_up_to)
         self.mask_false_negatives = mask_false_negatives
 
     def listed(self, pairs: Pairs, left: int, right: int) -> Pairs:
         return super().listed(pairs, left, right) if self.mask_false_negatives else pairs.own(left, right)
 
     def worth(self, pairs: Pairs) -> Float[Tensor, "pair"]:
-        return pairs.positive.to(torch.float32)
+        return pairs.positive.float()
 
 
 class GradedInfoNCE(Contrastive):

@@ -12,6 +12,8 @@ from mmfusion.losses.functional import widened
 from mmfusion.losses.modules import Loss
 from mmfusion.losses.pairs import Pairs
 
+LEAST = 1e-3  # of the norm of a part that is made unit-norm: a random part of 64 of 256 dimensions has .5
+
 
 class Matryoshka(Loss):
     """The mean of a loss over several sizes of the vectors, each their leading coordinates, made unit-norm again.
@@ -28,6 +30,8 @@ class Matryoshka(Loss):
 
     def __init__(self, loss: Loss, dims: list[int], weights: list[float] | None = None) -> None:
         super().__init__(loss.label)
+        if isinstance(loss, Matryoshka):
+            raise ValueError("a Matryoshka around another one; expected one, with all the sizes in its dims")
         if not dims or dims[0] < 1 or any(a >= b for a, b in pairwise(dims)):
             raise ValueError(f"dims is {dims}; expected different sizes, at least 1, ascending")
         if weights is not None and (len(weights) != len(dims) or not all(weight > 0 for weight in weights)):
@@ -64,5 +68,5 @@ class Matryoshka(Loss):
 
 
 def _leading(rows: Float[Tensor, "rows dim"], dim: int) -> Float[Tensor, "rows {dim}"]:
-    """The whole rows are unit-norm as they are."""
-    return rows if dim == rows.shape[1] else normalize(widened(rows[:, :dim]), dim=1)
+    """The whole rows are unit-norm as they are. LEAST bounds the gradient of a row whose leading part is next to 0."""
+    return rows if dim == rows.shape[1] else normalize(widened(rows[:, :dim]), dim=1, eps=LEAST)

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,6 +19,7 @@ class Loss(nn.Module, ABC):
         label: what lists the pairs: a label column, or a table of a teacher's scores; null: the primary label column.
     """
 
+    reads: Literal["judgments", "scores"] = "judgments"  # whose pairs: of a label column, or a teacher's (data.scores)
     dims: tuple[int, ...] = ()  # the leading dimensions that are trained to do alone (matryoshka.py)
 
     def __init__(self, label: str | None = None) -> None:
@@ -86,3 +88,12 @@ class Scaled(Loss):
         """Brings back a parameter that a step took past the maximum, so that it need not come back step by step."""
         if self.training and self.log_scale.requires_grad:
             self.log_scale.data.clamp_(max=math.log(self.max_scale))
+
+
+def check_hard(mask_false_negatives: bool, hard_up_to: float) -> None:
+    """Raises ValueError where judgments make negatives of a loss that does not go by judgments."""
+    if hard_up_to and not mask_false_negatives:
+        raise ValueError(
+            f"hard_up_to={hard_up_to} with mask_false_negatives=false: without judgments all pairs but the tuples' own "
+            "are negatives already; leave out one of the two"
+        )

@@ -11,9 +11,10 @@ from torch.nn.functional import softplus
 
 from mmfusion.losses.functional import lowest, widened
 from mmfusion.losses.gather import gather_rows, own_rows, share_of_mean
-from mmfusion.losses.modules import Scaled
+from mmfusion.losses.modules import Scaled, check_hard
 from mmfusion.losses.pairs import Pairs
 from mmfusion.losses.ring import blocks, pass_on
+from mmfusion.precision import full_precision
 
 # Entries of the matrix at a time: a core's cache holds them; elsewhere 2**26, which fill a GPU. But 128 rows at least:
 # of fewer, products are slow.
@@ -61,6 +62,7 @@ class Sigmoid(Scaled):
         super().__init__(label, temperature=temperature, learnable=learnable, max_scale=max_scale)
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk is {chunk}; expected a number of rows, at least 1, or null")
+        check_hard(mask_false_negatives, hard_up_to)
         start = torch.tensor(float(bias))
         if learnable:
             self.bias = nn.Parameter(start)
@@ -81,8 +83,7 @@ class Sigmoid(Scaled):
         masked = self.mask_false_negatives
         pairs = pairs.above(self.hard_up_to) if masked else pairs.own(len(left), len(right))
         own = pairs.between(all_left, all_right).of_rows(own_rows(len(left)))
-        with torch.autocast(left.device.type, enabled=False):
-            losses = sigmoid_losses(self.scale * widened(left), right, own, widened(self.bias), all_right, self.chunk)
+        losses = sigmoid_losses(self.scale * widened(left), right, own, widened(self.bias), all_right, self.chunk)
         return share_of_mean(torch.where(left_valid, losses, 0), int(all_left.sum()))
 
 
@@ -144,7 +145,7 @@ def _pieces(rank: int, block: Tensor, left: Tensor, bias: Tensor, valid: Tensor,
     for number, start in enumerate(starts, rank * len(starts)):
         rows = slice(start, start + listed.size)
         first, ignored, end = listed.starts[2 * number :][:3]
-        with torch.autocast(left.device.type, enabled=False):
+        with full_precision(left.device):
             logits = torch.addmm(offset, left[rows], block.T)
         both, positive = slice(first, end), slice(first, ignored)
         yield _Piece(
@@ -186,7 +187,7 @@ class _RowLosses(torch.autograd.Function):
                 piece.logits[piece.listed] = lowest(left)
                 slope = piece.logits.sigmoid_()
                 slope[piece.positive] = positive
-                with torch.autocast(left.device.type, enabled=False):
+                with full_precision(left.device):
                     to_left[piece.rows].addmm_(slope, block)
                     to_block.addmm_(slope.T, weighted[piece.rows])
                 to_bias[piece.rows] += slope.sum(1)

@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 
 from mmfusion.retrieval.topk import TopK, merge, search
@@ -80,8 +80,13 @@ def rank_corpus(
     queries, corpus: this rank's rows; an id that came up several times, on whatever ranks, counts once.
     tie: `tie_ranks` of the catalogue. chunk: products searched at a time. The search runs where the queries are.
     """
+    return rank_own(queries, own_products(corpus), tie, depth, chunk=chunk)
+
+
+def rank_own(queries: Rows, corpus: Rows, tie: Int[Tensor, "catalogue"], depth: int, *, chunk: int) -> Ranking:
+    """`rank_corpus` of an `own_products`, for who ranks several times."""
     device = queries.vectors.device
-    queries, corpus = _all_queries(queries), _own_products(corpus)
+    queries = _all_queries(queries)
     found = search(queries.vectors[:].to(device), corpus.vectors, corpus.ids, tie, depth, chunk=chunk)
     return Ranking(queries.ids.numpy(), _merged(TopK(found.scores.cpu(), found.ids.cpu()), tie.cpu(), depth))
 
@@ -110,8 +115,8 @@ def _all_queries(queries: Rows) -> Rows:
     return Rows(torch.cat([part.vectors[:] for part in parts])[first], torch.from_numpy(ids))
 
 
-def _own_products(corpus: Rows) -> Rows:
-    """This rank's products without those that it, or a rank before it, has already."""
+def own_products(corpus: Rows) -> Rows:
+    """This rank's products, each once, without those that a rank before it has."""
     ids = gathered(corpus.ids.cpu().numpy())
     start = sum(len(part) for part in ids[: process()[0]])
     first = np.unique(np.concatenate(ids), return_index=True)[1]
@@ -120,6 +125,27 @@ def _own_products(corpus: Rows) -> Rows:
         return corpus
     kept = torch.from_numpy(own).to(corpus.ids.device)
     return Rows(corpus.vectors[kept.to(corpus.vectors.device)], corpus.ids[kept])
+
+
+class VectorsOf:
+    """Vectors of an `own_products` by dense id, from whatever rank has them. All ranks ask for the same at once."""
+
+    def __init__(self, corpus: Rows) -> None:
+        ids = corpus.ids.cpu().numpy()
+        self._vectors, self._order = corpus.vectors, np.argsort(ids, kind="stable")
+        self._ids = ids[self._order]
+
+    def __call__(self, ids: Int[np.ndarray, "product"]) -> Float32[np.ndarray, "product dim"]:
+        at = np.searchsorted(self._ids, ids)
+        own = at < len(self._ids)
+        own[own] = self._ids[at[own]] == ids[own]
+        rows = torch.from_numpy(self._order[at[own]]).to(self._vectors.device)
+        parts = gathered((own, self._vectors[rows].float().cpu().numpy()))
+        assert np.logical_or.reduce([held for held, _ in parts]).all(), "every product is on some rank"
+        found = np.empty((len(ids), parts[0][1].shape[1]), np.float32)
+        for held, vectors in parts:
+            found[held] = vectors
+        return found
 
 
 def gathered(value: T) -> list[T]:

@@ -12,7 +12,6 @@ what the query has found so far, and only runs that beat it are looked into.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,7 @@ from jaxtyping import Bool, Float, Float32, Int, Int64
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mmfusion.precision import full_precision
 from mmfusion.retrieval.vectors import ReadVectors
 
 MARGIN = 32  # candidates per query beyond k
@@ -63,7 +63,7 @@ def search(
     queries, ids, tie = queries.float(), ids.to(queries.device), tie.to(queries.device)
     if len(ids) and (twice := ids.bincount(minlength=len(tie)) > 1).any():
         raise ValueError(f"the corpus holds product id {int(twice.nonzero()[0])} more than once; drop the copies")
-    with _full_precision(queries.device):
+    with full_precision(queries.device):
         return _decoded(_search(queries, _Corpus(corpus, tie[ids], chunk), k), tie)
 
 
@@ -248,18 +248,3 @@ def _inverse(permutation: Int[Tensor, "catalogue"]) -> Int64[Tensor, "catalogue"
 
 def _blocks(length: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, length, size)]
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """fp32 products in fp32: neither autocast nor TF32, which would break the error bound."""
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision

@@ -54,7 +54,10 @@ def draw_tables(path: Path) -> Tables:
 
 def draw_shards(folder: Path) -> Tables:
     """Draws the tables, writes them as a catalogue and imports it; the shards are in `path`."""
-    made = draw_tables(folder / "shards")
+    return write_drawn(draw_tables(folder / "shards"), folder)
+
+
+def write_drawn(made: Tables, folder: Path) -> Tables:
     (folder / "images").mkdir()
     for p, colour in made.colour.items():
         if colour:

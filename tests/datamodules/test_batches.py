@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from datamodules.negatives import Candidates
 from datamodules.plan import draws
 from datamodules.shards import Shards
 from datamodules.stream.batches import Request
@@ -233,6 +234,26 @@ def test_where_nothing_can_be_read_there_is_no_substitute(tables: Tables, tmp_pa
     data.setup("fit")
     with pytest.raises(ValueError, match=r"none of 64 products that could take the place of product \d+ can be read"):
         next(iter(data.train_dataloader()))
+
+
+def test_where_there_is_no_other_none_takes_its_place(tables: Tables, tmp_path: Path) -> None:
+    """Of the only trainable product; of a negative where all others are taken."""
+    path = copied(tables, tmp_path)
+    first, second = np.flatnonzero(Shards.open(path).index.trainable)[:2].tolist()
+    overwrite(path, first, b"")
+    data = TupleDataModule(str(path), batch_size=16, image_size=SIZE, max_broken=1.0, hard_negatives=1)
+    data.setup("fit")
+    said = f"product {first} cannot be read, and there is no other that could take its place"
+    data.reader.__dict__["_trainable"] = np.array([first])
+    zero, one = np.zeros(1, np.int64), np.ones(1, np.int64)
+    with pytest.raises(ValueError, match=said):
+        data.reader.tuples(Request(0, 0, np.array([first]), zero, one))
+    everyone = np.repeat(np.arange(len(data.shards.queries)), 150), np.tile(np.arange(150), len(data.shards.queries))
+    kept = everyone[1] != first
+    positives = tuple(ids[kept] for ids in everyone)
+    data.reader.__dict__["_candidates"] = Candidates.of(len(data.shards.queries), 150, positives, [])
+    with pytest.raises(ValueError, match=said):
+        data.reader.tuples(Request(0, 0, np.array([second]), zero, one))
 
 
 def test_a_photo_that_is_kept_is_not_read_again(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 import hashlib
 import re
+import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -152,6 +154,55 @@ def test_wrong_places_and_names(shards, src, tmp_path):
     write_rows(tmp_path / "unscored.csv", HEADER[:2], [row[:2] for row in ROWS])
     with pytest.raises(ValueError, match="no column 'score'"):
         Scores(src=str(tmp_path / "unscored.csv"), out=str(shards)).run()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Upper", "NAME=Upper: a table of pairs is called 'Upper'; expected lower-case letters"),
+        ("judged", "NAME=judged: 'judged' is a label column or another source"),
+        ("relevance", "NAME=relevance: 'relevance' is a label column"),
+        ("", "NAME=: a table of pairs is called ''"),
+        (None, r"SRC=.* gives the table the name '': .*Choose a name by NAME=\.\.\. \(--name\)"),
+    ],
+)
+def test_a_bad_name_is_told_before_the_file_is_read(shards, tmp_path, name, said):
+    path = tmp_path / "点.csv"
+    path.write_text("no table at all")
+    with pytest.raises(ValueError, match=said):
+        Scores(src=str(path), out=str(shards), name=name).run()
+
+
+def test_the_command_replaces(shards, src, monkeypatch, capfd):
+    command = ["mmfusion", "data", "--from=negatives", f"--src={src}", f"--out={shards}", "--name=old"]
+    monkeypatch.setattr(sys, "argv", command)
+    main()
+    write_rows(src, HEADER, ROWS[:2])
+    with pytest.raises(SystemExit):
+        main()
+    assert "choose another name, or replace it (--replace)" in capfd.readouterr().err
+    assert len(read_pair_table(shards, "old", "negatives", "data.hard_from")) == 4
+    monkeypatch.setattr(sys, "argv", [*command, "--replace"])
+    main()
+    assert len(read_pair_table(shards, "old", "negatives", "data.hard_from")) == 2
+
+
+@pytest.mark.parametrize(("kind", "usage"), [("scores", "SRC=file OUT=shards"), ("catalogue", "SRC=folder OUT=folder")])
+def test_what_is_missing_is_told_with_an_example(monkeypatch, capfd, kind, usage):
+    monkeypatch.setattr(sys, "argv", ["mmfusion", "data", "--from", kind, "--src=", "--out="])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"make data FROM={kind} needs SRC and OUT: make data FROM={kind} {usage}" in capfd.readouterr().err
+
+
+def test_make_hands_the_name_on():
+    made = subprocess.run(
+        ["make", "-n", "-o", "setup", "data", "FROM=scores", "SRC=a.csv", "OUT=b", "NAME=teacher", "ARGS=--replace"],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert shlex.split(made.stdout.splitlines()[-1])[1:] == [
+        "data", "--from", "scores", "--src=a.csv", "--out=b", "--name=teacher", "--replace"
+    ]  # fmt: skip
 
 
 def test_the_same_again_is_fine_and_other_content_is_not(shards, src):

@@ -127,6 +127,33 @@ def test_a_name_that_is_taken(shards: Path) -> None:
     assert list(read_manifest(shards).pairs) == ["mined"]
 
 
+@pytest.mark.parametrize("content", [None, b"", b"PAR1"])
+def test_the_same_rows_restore_a_file(shards: Path, content: bytes | None) -> None:
+    path = write(shards)
+    whole, manifest = path.read_bytes(), (shards / "manifest.json").read_bytes()
+    path.unlink() if content is None else path.write_bytes(content)
+    for other in ({"score": SCORE * 2}, {"kind": "scores"}):
+        with pytest.raises(ValueError, match=r"choose another name, or replace it \(--replace\)"):
+            write(shards, **other)
+    assert write(shards, made_by={"run": "another"}) == path
+    assert (path.read_bytes(), (shards / "manifest.json").read_bytes()) == (whole, manifest)
+    assert len(read(shards)) == 3
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ((QUERY[:2], PRODUCT, SCORE), "of 2 queries, 3 products and 3 scores"),
+        ((QUERY, PRODUCT, SCORE[:0]), "of 3 queries, 3 products and 0 scores"),
+        ((QUERY + 0.5, PRODUCT, SCORE), "the query column holds float64; expected dense ids"),
+        ((QUERY, PRODUCT.astype(str), SCORE), "the product column holds <U21; expected dense ids"),
+    ],
+)
+def test_columns_that_are_no_pairs(columns: tuple[np.ndarray, np.ndarray, np.ndarray], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pair_tables._check_columns(*columns)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -150,6 +177,21 @@ def test_what_is_refused(shards: Path, changed: dict[str, Any], message: str) ->
         write(shards, **changed)
     assert (shards / "manifest.json").read_bytes() == before
     assert not (shards / "pairs").exists()
+
+
+def test_scores_are_not_called_as_a_label_column(shards: Path) -> None:
+    """A loss names either by `label`."""
+    before = (shards / "manifest.json").read_bytes()
+    with pytest.raises(ValueError, match=r"scores cannot be called 'relevance': .* label columns \(relevance\)"):
+        write(shards, "relevance", "scores")
+    assert (shards / "manifest.json").read_bytes() == before
+    write(shards, "relevance")
+    assert len(read(shards, "relevance")) == 3, "negatives are named elsewhere"
+    record = json.loads(before)
+    record["pairs"] = {"relevance": {"kind": "scores", "sha256": "a" * 64, "rows": 3, "made_by": {}}}
+    (shards / "manifest.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"data.scores names 'relevance', a table that is called as one of the label"):
+        read_pair_table(shards, "relevance", "scores", "data.scores")
 
 
 @pytest.mark.parametrize("address", ["https://server/folder", "s3://bucket/folder", "pipe:cat {name}"])

@@ -118,10 +118,12 @@ def test_eval_gives_the_same_numbers_and_compare_shows_what_differs(mmfusion, sh
 def test_all_that_a_loss_may_ask_for_at_once(mmfusion, shards):
     """Sizes of its own, a second term, hard negatives, micro-batches; evaluated, written for trec_eval and compared."""
     sizes = {"class_path": "Matryoshka", "init_args": {"loss": {"class_path": "InfoNCE"}, "dims": [16, 64]}}
+    graded = {"class_path": "GradedInfoNCE", "init_args": {"hard_up_to": 0.1}}
     code, _, errors = mmfusion(
-        "train", "--exp", "fusion_gated", "--data", str(shards), *SMALL, "--data.hard_negatives=2",
+        "train", "--exp", "fusion_gated", "--data", str(shards), *SMALL,
+        "--data.hard_negatives=2", "--data.hard_max_gain=0.1",
         "--model.micro_batch=12", f"--model.losses.query_product={json.dumps(sizes)}",
-        "--model.losses.more.query_product_graded=GradedInfoNCE",
+        f"--model.losses.more.query_product_graded={json.dumps(graded)}",
         "--model.stages.fuse.losses.more.query_product_graded=0.5", "--trainer.log_every_n_steps=1",
     )  # fmt: skip
     assert code == 0, errors
@@ -252,6 +254,8 @@ def test_dual_without_a_hub_is_one_line(mmfusion, shards):
             ["--exp", "fusion_gated", "--model.losses.query_text=InfoNCE", "--model.losses.query_text.label=stars"],
             "stars",
         ),
+        (["--exp", "fusion_gated", "--model.losses.query_text=InfoNCe"], "nearest names are InfoNCE"),
+        (["--exp", "fusion_gated", "--trainer.precision=bf16-true"], "bf16-mixed computes in 16 bits"),
         (["--exp", "text_only", "--model.stages.adapt.losses.query_image=1"], "needs the view 'image'"),
         (["--exp", "fusion_gated", "--model.stages.fuse.losses.query_txt=1"], "nearest names are query_text"),
         (["--exp", "fusion_gated", "--model.stages.fuse.losses.query_text=-1"], "must not be negative"),

@@ -142,11 +142,62 @@ def test_gates_and_terms_are_logged_once_and_right(shards, tmp_path):
                 assert float(other[name]) == pytest.approx(float(value), rel=2e-3, abs=1e-5), name
 
 
-@pytest.mark.parametrize("options", [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}])
-def test_other_ways_to_train(shards, tmp_path, options):
-    module = small_module(micro_batch=6, dropout=0.1)
-    small_trainer(tmp_path, **{"max_epochs": -1, **options}).fit(module, small_data(shards))
-    assert module.stage_name == "fuse"
+def test_accumulated_steps_end_with_the_same_weights(shards, tmp_path):
+    found = []
+    for size, accumulate in ((None, 2), (6, 2), (6, 1)):
+        module = small_module(micro_batch=size)
+        trainer = small_trainer(
+            tmp_path, precision="64-true", max_epochs=-1, accumulate_grad_batches=accumulate, deterministic=True
+        )
+        trainer.fit(module, small_data(shards))
+        assert (trainer.global_step, module.stage_name) == (8, "fuse")
+        found.append(weights(module))
+    check_alike(found[0], found[1], 1e-6)
+    with pytest.raises(AssertionError):
+        check_alike(found[0], found[2], 1e-6)
+
+
+class Gradients(Callback):
+    """Those of the first step, as the optimizer gets them."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        parameters = pl_module.named_parameters()
+        self.found = {name: p.grad.double().clone() for name, p in parameters if p.grad is not None}
+
+
+def first_gradients(
+    shards: Path, folder: Path, size: int | None, precision: str = "bf16-mixed", **options: Any
+) -> dict[str, torch.Tensor]:
+    """Of all terms at once. The tensors are not too small for their relative differences to be of use."""
+    gradients = Gradients()
+    stages = {"all": Stage(Until(fraction=1.0), LossWeights(**dict.fromkeys(TERM_VIEWS, 1.0)))}
+    trainer = small_trainer(folder, gradients, steps=1, precision=precision, deterministic=True, **options)
+    trainer.fit(small_module(micro_batch=size, stages=stages, memo_gib=0.0), small_data(shards))
+    return gradients.found
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Relative, of all gradients together: those of single tensors may be nothing but rounding."""
+    assert one.keys() == other.keys()
+    apart = torch.stack([(one[name] - other[name]).square().sum() for name in one]).sum()
+    return float((apart / torch.stack([gradient.square().sum() for gradient in one.values()]).sum()).sqrt())
+
+
+@pytest.fixture(scope="module")
+def whole_gradients(shards, tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
+    """Of the whole batch at once on one rank, by precision."""
+    folder = tmp_path_factory.mktemp("whole")
+    return {name: first_gradients(shards, folder, None, name) for name in ("bf16-mixed", "64-true")}
+
+
+@pytest.mark.parametrize("size", [1, 6, 8])
+def test_gradients_in_bf16_are_as_near_as_bf16_allows(shards, tmp_path, whole_gradients, size):
+    """Those of the whole batch, but for rounding: both are as far from the gradients in float64."""
+    parts, exact = first_gradients(shards, tmp_path, size), whole_gradients["64-true"]
+    rounding = distance(exact, whole_gradients["bf16-mixed"])
+    assert 1e-4 < rounding < 0.1, "bf16 is at work, and the task is not lost in it"
+    assert distance(exact, parts) < 1.5 * rounding
+    assert distance(whole_gradients["bf16-mixed"], parts) < rounding
 
 
 @pytest.mark.slow
@@ -188,6 +239,17 @@ def test_two_ranks_end_with_the_weights_of_one_process(shards, tmp_path):
     check_alike(alone, first["weights"], 1e-6)
     assert all(torch.equal(weight, second["weights"][name]) for name, weight in first["weights"].items())
     assert first["rounds"] == dict.fromkeys(range(8), 1), "one reduction per step"
+
+
+def gradients_on_ranks(rank: int, world: int, shards: Path, folder: Path) -> dict[str, torch.Tensor]:
+    return first_gradients(shards, folder, 3, devices=world, strategy="ddp")
+
+
+def test_two_ranks_in_bf16_and_in_parts_have_the_gradients_of_one_process(shards, tmp_path, whole_gradients):
+    first, second = run_ranks(gradients_on_ranks, 2, shards, tmp_path)
+    assert all(torch.equal(gradient, second[name]) for name, gradient in first.items())
+    rounding = distance(whole_gradients["64-true"], whole_gradients["bf16-mixed"])
+    assert distance(whole_gradients["64-true"], first) < 1.5 * rounding
 
 
 def test_no_micro_batch_is_refused():

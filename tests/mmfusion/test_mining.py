@@ -2,8 +2,12 @@
 
 import csv
 import hashlib
+import itertools
 import json
+import re
 import shlex
+import shutil
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,9 +25,9 @@ from datamodules.tuples import TupleDataModule
 from mmfusion.batch import Judgments
 from mmfusion.checkpoints import best_of
 from mmfusion.cli import main
-from mmfusion.mine import BLOCK, iteration_of, next_command, ranked
-from mmfusion.mining import REMOVED, SAME, Known, Mined, Rules, mined, numbered
-from mmfusion.retrieval.ranking import Rows
+from mmfusion.mine import PLACES, TABLES, iteration_of, next_command, ranked
+from mmfusion.mining import REMOVED, SAME, Known, Mined, Rules, Vectors, mined
+from mmfusion.retrieval.ranking import Rows, VectorsOf
 from mmfusion.run import FusionCLI
 from tests.datamodules.small import convert, small_catalogue, write_rows
 from tests.mmfusion import test_cli_ranks
@@ -42,7 +46,7 @@ def slow(
     query_ids: Sequence[int],
     product_ids: Sequence[str],
     gains: Mapping[tuple[int, int], float],
-    texts: Sequence[str],
+    vectors: np.ndarray,
     rules: Rules,
 ) -> tuple[Negatives, Counter[str]]:
     """By the module's docstring, over all products of the catalogue. gains: of train pairs; positive is 1 or more."""
@@ -67,7 +71,7 @@ def slow(
                 continue
             if rules.margin is not None and not row[product] < best - rules.margin:
                 removed["margin"] += 1
-            elif any(texts[p] == texts[product] and abs(row[p] - row[product]) <= SAME for p in positives):
+            elif any(np.linalg.norm(vectors[p] - vectors[product]) <= SAME for p in positives):
                 removed["duplicate"] += 1
             elif len(found[query]) < rules.k:
                 found[query].append((product, row[product]))
@@ -103,17 +107,25 @@ def judgments(gains: Mapping[tuple[int, int], float], **others: Sequence[float])
 
 def drawn(
     seed: int, queries: int = 9, products: int = 60
-) -> tuple[np.ndarray, dict[tuple[int, int], float], list[str]]:
-    """Cosines in which twins have equal scores, gains, and few different texts."""
+) -> tuple[np.ndarray, dict[tuple[int, int], float], np.ndarray]:
+    """Cosines in which twins have nearly equal scores, gains, and vectors, nearly equal ones of every other twin."""
     rng = np.random.default_rng(seed)
     cosines = rng.uniform(-1, 1, (queries, products)).astype(np.float32)
+    vectors = rng.normal(size=(products, 4)).astype(np.float32)
     twins = rng.permutation(products)[: products // 2].reshape(-1, 2)
-    cosines[:, twins[:, 0]] = cosines[:, twins[:, 1]]
-    texts = [f"text {n}" for n in rng.integers(0, 5, products)]
-    for one, other in twins[::2]:
-        texts[one] = texts[other]
+    cosines[:, twins[:, 0]] = cosines[:, twins[:, 1]] + rng.choice([-1, 0, 1], (queries, len(twins))) * SAME / 4
+    vectors[twins[::2, 0]] = vectors[twins[::2, 1]] + SAME / 4
     listed = [(q, p) for q in range(queries - 1) for p in rng.permutation(products)[: rng.integers(0, 12)].tolist()]
-    return cosines, {pair: float(rng.choice([0, 0.1, 1, 2])) for pair in listed}, texts
+    return cosines, {pair: float(rng.choice([0, 0.1, 1, 2])) for pair in listed}, vectors
+
+
+def looked_up(vectors: np.ndarray) -> Vectors:
+    return lambda ids: vectors[ids]
+
+
+def numbered(looks: str) -> Vectors:
+    """Vectors of products that look like the letters."""
+    return looked_up(np.array([[ord(look), 1] for look in looks], np.float32))
 
 
 def lists(cosines: np.ndarray, product_ids: Sequence[str], depth: int) -> tuple[np.ndarray, np.ndarray]:
@@ -127,13 +139,13 @@ def lists(cosines: np.ndarray, product_ids: Sequence[str], depth: int) -> tuple[
 def test_what_is_mined_equals_the_loops(margin, first, last, k):
     rules = Rules(k, first, last, margin)
     for seed in range(6):
-        cosines, gains, texts = drawn(seed)
+        cosines, gains, vectors = drawn(seed)
         names = [f"p{i}" for i in range(cosines.shape[1])]
-        expected, removed = slow(cosines, range(9), names, gains, texts, rules)
+        expected, removed = slow(cosines, range(9), names, gains, vectors, rules)
         known = Known.of(judgments(gains), len(names))
         asked = known.with_positive(np.arange(9))
         ids, scores = lists(cosines[asked], names, len(names))
-        result = Mined.joined([mined(asked, ids, scores, known, numbered(texts), rules)])
+        result = Mined.joined([mined(asked, ids, scores, known, looked_up(vectors), rules)])
         same(as_dict(result, asked.tolist()), expected)
         assert result.removed == {name: removed[name] for name in REMOVED}
         assert result.per_query.tolist() == [len(expected[query]) for query in asked.tolist()]
@@ -144,34 +156,78 @@ def test_the_loops_meet_every_case():
     """Else the test above would show little."""
     seen = Counter[str]()
     for seed in range(6):
-        cosines, gains, texts = drawn(seed)
-        seen += slow(cosines, range(9), [f"p{i}" for i in range(60)], gains, texts, Rules(8, 1, 60, 0.0))[1]
+        cosines, gains, vectors = drawn(seed)
+        seen += slow(cosines, range(9), [f"p{i}" for i in range(60)], gains, vectors, Rules(8, 1, 60, 0.0))[1]
     assert min(seen[name] for name in REMOVED) > 5
 
 
-def test_lists_as_deep_as_is_promised_are_enough():
-    rules = Rules(5, 3, 12, 0.05)
-    cosines, gains, texts = drawn(3)
-    names = [f"p{i}" for i in range(60)]
+@pytest.mark.parametrize("margin", [None, 0.05])
+@pytest.mark.parametrize("equal", [False, True], ids=["drawn", "equal"])
+def test_lists_as_deep_as_is_promised_are_enough(margin, equal):
+    """Also where scores are equal beyond their end, so that a positive that is past it may be a duplicate."""
+    past = 0
+    for seed, last in itertools.product(range(6), (3, 12)):
+        rules = Rules(5, 1, last, margin)
+        cosines, gains, vectors = drawn(seed)
+        if equal:
+            cosines[:] = 0.5
+            vectors[::2] = vectors[0]
+        names = [f"p{i}" for i in range(60)]
+        known = Known.of(judgments(gains), 60)
+        asked = known.with_positive(np.arange(9))
+        whole = mined(asked, *lists(cosines[asked], names, 60), known, looked_up(vectors), rules)
+        for query in asked:
+            depth = rules.last + int(known.counts(np.array([query]))[0])
+            ids, scores = lists(cosines[[query]], names, depth)
+            one = mined(np.array([query]), ids, scores, known, looked_up(vectors), rules)
+            assert one.product.tolist() == whole.product[whole.query == query].tolist()
+            past += one.removed["duplicate"]
+    assert past > 0 or (equal and margin is not None)
+
+
+def test_a_duplicate_of_a_positive_past_the_list_is_none():
+    """All score the same; the list ends before the positive 9, which looks as product 2 does."""
+    ids, scores = np.arange(4)[None], np.full((1, 4), 0.5, np.float32)
+    known = Known.of(judgments({(0, 9): 1}), 10)
+    result = mined(np.array([0]), ids, scores, known, numbered("abcdefghic"), Rules(9, 1, 3, None))
+    assert result.product.tolist() == [0, 1]
+    assert result.removed == {"positive": 0, "ignored": 0, "margin": 0, "duplicate": 1}
+    scores[0, 3] = 0.4
+    result = mined(np.array([0]), ids, scores, known, numbered("abcdefghic"), Rules(9, 1, 3, None))
+    assert result.product.tolist() == [0, 1, 2], "the positive scores less"
+
+
+def test_vectors_are_asked_for_in_pieces(monkeypatch):
+    cosines, gains, vectors = drawn(1)
     known = Known.of(judgments(gains), 60)
-    asked = known.with_positive(np.arange(9))
-    whole = mined(asked, *lists(cosines[asked], names, 60), known, numbered(texts), rules)
-    for query in asked:
-        depth = rules.last + int(known.counts(np.array([query]))[0])
-        ids, scores = lists(cosines[[query]], names, depth)
-        one = mined(np.array([query]), ids, scores, known, numbered(texts), rules)
-        assert one.product.tolist() == whole.product[whole.query == query].tolist()
+    asked, names = known.with_positive(np.arange(9)), [f"p{i}" for i in range(60)]
+    given = asked, *lists(cosines[asked], names, 60), known
+    sizes = list[int]()
+
+    def noted(ids: np.ndarray) -> np.ndarray:
+        sizes.append(len(ids))
+        return vectors[ids]
+
+    whole = mined(*given, noted, Rules(9, 1, 60, None))
+    assert len(sizes) == 1
+    assert sizes[0] < 60, "of those that score like a positive"
+    monkeypatch.setattr("mmfusion.mining.PAIRS", 2)
+    pieces = mined(*given, noted, Rules(9, 1, 60, None))
+    assert max(sizes[1:]) <= 4
+    assert pieces.product.tolist() == whole.product.tolist()
+    assert pieces.removed == whole.removed
+    assert whole.removed["duplicate"] > 0
 
 
 def test_a_list_by_hand():
-    """Query 7; products 0 to 7 score .9, .8, ...; 1 is positive, 2 ignored, 3 judged 0; 5 is like 4, 6 has 1's text."""
+    """Query 7; products 0 to 7 score .9, .8, ...; 1 is positive, 2 ignored, 3 judged 0; 5 scores as 4 does."""
     ids = np.array([[0, 1, 2, 3, 4, 5, 6, 7, -1]])
     scores = np.array([[0.9, 0.8, 0.7, 0.6, 0.5, 0.5, 0.4, 0.3, -np.inf]], np.float32)
     known = Known.of(judgments({(7, 1): 1, (7, 2): 0.1, (7, 3): 0}), 8)
-    text = numbered(["a", "b", "c", "d", "e", "e", "b", "f"])
+    vectors = numbered("abcdeegf")
 
     def products(**rules: Any) -> list[int]:
-        return mined(np.array([7]), ids, scores, known, text, Rules(**rules)).product.tolist()
+        return mined(np.array([7]), ids, scores, known, vectors, Rules(**rules)).product.tolist()
 
     assert products(k=9, first=1, last=9, margin=None) == [0, 3, 4, 5, 6, 7]
     assert products(k=9, first=1, last=9, margin=0.0) == [3, 4, 5, 6, 7], "0 ranks above the positive"
@@ -181,10 +237,10 @@ def test_a_list_by_hand():
 
 
 def test_a_duplicate_of_any_positive_is_none():
-    """Product 2 has the text and the score of the weaker positive 1; 3 its text alone, 4 its score alone."""
+    """Product 2 has the vector and so the score of the weaker positive 1; 4 its score alone."""
     ids, scores = np.array([[0, 1, 2, 4, 3]]), np.array([[0.9, 0.5, 0.5, 0.5, 0.4]], np.float32)
     known = Known.of(judgments({(0, 0): 1, (0, 1): 1}), 5)
-    result = mined(np.array([0]), ids, scores, known, numbered(["a", "b", "b", "b", "c"]), Rules(9, 1, 9, 0.05))
+    result = mined(np.array([0]), ids, scores, known, numbered("abbdc"), Rules(9, 1, 9, 0.05))
     assert result.product.tolist() == [4, 3]
     assert result.removed == {"positive": 2, "ignored": 0, "margin": 0, "duplicate": 1}
 
@@ -206,8 +262,8 @@ def test_the_ranking_is_the_same_however_it_is_cut(monkeypatch):
     known, rules = Known.of(judgments(gains), 70), Rules(4, 2, 9, None)
     asked = known.with_positive(np.arange(30))
     found = []
-    for block in (BLOCK, 4):
-        monkeypatch.setattr("mmfusion.mine.BLOCK", block)
+    for places in (PLACES, 64, 1):
+        monkeypatch.setattr("mmfusion.mine.PLACES", places)
         rankings = list(
             ranked(Rows(queries, torch.arange(30)), Rows(corpus, torch.arange(70)), asked, torch.arange(70), known,
                    rules, 16)
@@ -215,12 +271,17 @@ def test_the_ranking_is_the_same_however_it_is_cut(monkeypatch):
         depths = [ranking.top.ids.shape[1] for ranking in rankings]
         assert max(depths) == 9 + 14
         assert depths == sorted(depths), "few lists are long"
-        parts = [mined(r.query_ids, r.top.ids.numpy(), r.top.scores.numpy(), known, np.arange(70), rules)
+        held = [ranking.top.ids.numel() for ranking in rankings]
+        assert all(size <= places or len(r.query_ids) == 1 for size, r in zip(held, rankings, strict=True))
+        assert len(held) == {PLACES: 1, 64: 5, 1: len(asked)}[places]
+        vectors = VectorsOf(Rows(corpus, torch.arange(70)))
+        parts = [mined(r.query_ids, r.top.ids.numpy(), r.top.scores.numpy(), known, vectors, rules)
                  for r in rankings]  # fmt: skip
         found.append(Mined.joined(parts))
     assert len(found[0].query) == 4 * len(asked)
     for name in ("query", "product", "score"):
-        assert np.array_equal(getattr(found[0], name), getattr(found[1], name))
+        for other in found[1:]:
+            assert np.array_equal(getattr(found[0], name), getattr(other, name))
 
 
 @pytest.mark.parametrize(
@@ -232,6 +293,8 @@ def test_the_ranking_is_the_same_however_it_is_cut(monkeypatch):
         ({"ranks": "9:3"}, "RANKS=9:3; expected first:last"),
         ({"ranks": "0:3"}, "RANKS=0:3"),
         ({"ranks": "1:2:3"}, "RANKS=1:2:3"),
+        ({"ranks": "1:99999999999999999999"}, "RANKS=1:99999999999999999999; expected first:last"),
+        ({"k": "99999999999999999999"}, "K=99999999999999999999; expected"),
         ({"margin": "-0.1"}, "MARGIN=-0.1; expected"),
         ({"margin": "2"}, "MARGIN=2; expected"),
         ({"margin": "nan"}, "MARGIN=nan; expected"),
@@ -257,7 +320,9 @@ def test_the_iteration_is_found_by_content():
     assert iteration_of({}, tables) == 0
     assert iteration_of({"mined-1": "a", "theirs": "c"}, tables) == 1
     assert iteration_of({"mined-1": "a", "mined-2": "b"}, tables) == 2
-    assert iteration_of({"mined-9": "gone"}, tables) == 0
+    assert iteration_of({"mined-9": "gone", "theirs": "c"}, tables) == 9, "by its name"
+    assert iteration_of({"mined-2": "another", "renamed": "a"}, tables) == 2
+    assert iteration_of({"special": "gone"}, tables) == 0
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -324,7 +389,7 @@ def by_brute_force(run: Path, view: str, rules: Rules) -> tuple[Negatives, Count
     gains = dict(
         zip(zip(train.query.tolist(), train.product.tolist(), strict=True), train.gain["relevance"], strict=True)
     )
-    found, removed = slow(cosines, queries.id.tolist(), data.product_ids(), gains, data.product_texts(), rules)
+    found, removed = slow(cosines, queries.id.tolist(), data.product_ids(), gains, corpus, rules)
     return {query: products for query, products in found.items() if products}, removed
 
 
@@ -333,6 +398,7 @@ def by_brute_force(run: Path, view: str, rules: Rules) -> tuple[Negatives, Count
     [
         ("whole", ["--k=5", "--ranks=1:30", "--margin=none"], "fused", Rules(5, 1, 30, None)),
         ("range", ["--k=20", "--ranks=3:12", "--margin=0.01"], "fused", Rules(20, 3, 12, 0.01)),
+        ("by-photo", ["--k=9", "--ranks=1:40", "--margin=none", "--view=image"], "image", Rules(9, 1, 40, None)),
         ("by-text", ["--k=50", "--ranks=1:64", "--margin=0.05", "--view=text"], "text", Rules(50, 1, 64, 0.05)),
     ],
 )
@@ -354,16 +420,17 @@ def test_a_mined_table_equals_all_cosines(mmfusion, run, capfd, name, options, v
         "mined_from": str(run.resolve()), "checkpoint": best_of(run).name,
         "checkpoint_sha256": hashlib.sha256(best_of(run).read_bytes()).hexdigest(), "view": view, "k": rules.k,
         "ranks": [rules.first, rules.last], "margin": rules.margin, "manifest": manifest().hash, "seed": 1,
-        "trained_with": {}, "iteration": 1,
+        "overrides": [], "trained_with": {}, "iteration": 1,
     }  # fmt: skip
 
 
-def test_duplicates_are_met_in_the_small_catalogue(run):
-    assert by_brute_force(run, "fused", Rules(5, 1, 30, None))[1]["duplicate"] > 0
+@pytest.mark.parametrize("view", ["fused", "text", "image"])
+def test_duplicates_are_met_in_the_small_catalogue(run, view):
+    assert by_brute_force(run, view, Rules(5, 1, 30, None))[1]["duplicate"] > 0
 
 
 def test_two_ranks_write_what_one_does(mmfusion, run, place):
-    options = ["--k=5", "--ranks=2:30", "--margin=0.001"]
+    options = ["--k=5", "--ranks=1:30", "--margin=none"]  # which meet duplicates, see above
     mmfusion("mine", "--run", str(run), "--name=one", *options)
     done = test_cli_ranks.mmfusion(
         place, "mine", "--run", str(run), "--name=two", *options, "--trainer.devices=2", "--trainer.strategy=ddp"
@@ -372,9 +439,23 @@ def test_two_ranks_write_what_one_does(mmfusion, run, place):
     assert done.stdout.count("negatives: ") == 1, "one rank prints"
     same(table("two"), table("one"))
     one, two = ({**manifest().pairs[name].made_by} for name in ("one", "two"))
+    assert two.pop("overrides") == ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    assert one.pop("overrides") == []
     assert one == two
 
 
+def as_made(typed: str) -> list[str]:
+    """What a shell runs when a user types a make command, word by word."""
+    shown = subprocess.run(
+        ["sh", "-c", typed.replace("make ", f"make -C {shlex.quote(str(ROOT))} --no-print-directory -n -o setup ", 1)],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    line = shown.splitlines()[-1].replace(".venv/bin/mmfusion", "printf '%s\\0'", 1)
+    words = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    return ["mmfusion", *words.split("\0")[:-1]]
+
+
+@pytest.mark.filterwarnings("ignore:data.hard_max_gain is 0.1")  # no loss here has a hard_up_to
 def test_iterations_are_a_chain(mmfusion, run, capfd):
     before = manifest().hash
     mmfusion("mine", "--run", str(run), "--k=4", "--ranks=1:30", "--margin=none")
@@ -384,15 +465,20 @@ def test_iterations_are_a_chain(mmfusion, run, capfd):
     arguments = shlex.split(words[-1].removeprefix("ARGS="))
     assert arguments == [*SMALL, "--data.hard_negatives=1", "--data.hard_from=[mined-1]"]
     assert manifest().hash == before, "the catalogue is the same"
-    mmfusion("train", "--exp", "fusion_gated", "--data", "shards", *arguments, "--runs=second")
+    judged = ["--data.hard_from=[judged,mined-1]", "--data.hard_max_gain=0.1"]
+    mmfusion("train", "--exp", "fusion_gated", "--data", "shards", *arguments, *judged, "--runs=second")
     (second,) = Path("second/fusion_gated").iterdir()
     options = yaml.safe_load((second / "config.yaml").read_text())["data"]["init_args"]
-    assert (options["hard_negatives"], options["hard_from"]) == (1, ["mined-1"])
+    assert (options["hard_negatives"], options["hard_from"]) == (1, ["judged", "mined-1"])
     capfd.readouterr()
     mmfusion("mine", "--run", str(second), "--k=4", "--ranks=1:30", "--margin=none")
-    typed = capfd.readouterr().out.rstrip().splitlines()[-1]
+    typed = capfd.readouterr().out.rstrip().splitlines()[-1].removeprefix("train with them: ")
     assert "--data.hard_negatives=1 --data.hard_from=[mined-2]" in typed
     assert "mined-1" not in typed
+    mmfusion(*as_made(typed)[1:], "--runs=third")
+    (third,) = Path("third/fusion_gated").iterdir()
+    options = yaml.safe_load((third / "config.yaml").read_text())["data"]["init_args"]
+    assert (options["hard_negatives"], options["hard_from"], options["hard_max_gain"]) == (1, ["mined-2"], 0)
     made_by = manifest().pairs["mined-2"].made_by
     assert made_by["iteration"] == 2
     assert made_by["trained_with"] == {"mined-1": manifest().pairs["mined-1"].sha256}
@@ -417,11 +503,15 @@ def other(place, run) -> Path:
         (["--view=sound"], "--view=sound: the run has the views text, image, fused"),
         (["--name=Mined 1"], "'Mined 1'"),
         (["--name=judged"], "choose another name"),
-        (["--name=there"], "exists: choose another name"),
+        (["--name=there"], "exists: choose another name (NAME=...), or replace it (ARGS=--replace)"),
         (["--data=elsewhere"], "another catalogue than the one that the run was trained on"),
         (["--data=nowhere"], "nowhere does not exist"),
         (["--data=pipe:cat shards/{name}", "--data.allow_pipe=true"], "local folder"),
         (["--ranks=65:70"], "no negative is left"),
+        (["--ranks=1:99999999999999999999"], "RANKS=1:99999999999999999999"),
+        (["--data.test_splits=[val]"], "data.test_splits is not an option of mining"),
+        (["--data.test_splits=[train,val]"], "data.test_splits is not an option of mining"),
+        (["--data.workers=-1"], "error: data.workers is -1; expected at least 0\n"),
         (["--trainer.fast_dev_run=true"], "trainer.fast_dev_run is not an option of a run"),
     ],
 )
@@ -438,6 +528,7 @@ def test_a_mistake_is_one_message_and_writes_nothing(mmfusion, run, other, capfd
     errors = capfd.readouterr().err
     assert said in errors
     assert "Traceback" not in errors
+    assert "Namespace" not in errors
     assert {path: path.read_bytes() for path in Path("shards").rglob("*") if path.is_file()} == before
     assert not list(other.rglob("*.pairs"))
     assert not (other / "pairs").exists()
@@ -448,6 +539,38 @@ def test_the_same_catalogue_elsewhere_is_taken(mmfusion, run, place, capfd):
     mmfusion("mine", "--run", str(run), "--data=copy", "--name=of-copy", "--ranks=1:30", "--margin=none")
     assert "of-copy" in manifest().pairs
     assert " DATA=copy " in capfd.readouterr().out.rstrip().splitlines()[-1]
+
+
+def test_what_there_is_is_replaced_or_restored_when_asked(mmfusion, run):
+    options = ["--run", str(run), "--name=replaced", "--ranks=1:30", "--margin=none"]
+    mmfusion("mine", *options, "--k=2")
+    before = manifest().pairs["replaced"]
+    mmfusion("mine", *options, "--k=3", "--replace")
+    after = manifest().pairs["replaced"]
+    assert (before.made_by["k"], after.made_by["k"]) == (2, 3)
+    file = Path("shards/pairs/replaced.parquet")
+    whole = file.read_bytes()
+    file.unlink()
+    mmfusion("mine", *options, "--k=3", "--replace", "--data.eval_batch_size=64")
+    assert file.read_bytes() == whole
+    assert manifest().pairs["replaced"] == after
+
+
+def test_a_table_that_is_not_listed_is_warned_of(mmfusion, run, place):
+    """What a run was trained with was replaced since: its number is told by its name."""
+    state = torch.load(best_of(run), weights_only=True)
+    state["contract"][f"{TABLES}mined-6"] = "f" * 64
+    trained = Path(shutil.copytree(run, "unlisted"))
+    torch.save(state, best_of(trained))
+    with pytest.warns(UserWarning, match=r"shards does not list .* trained with: mined-6\. Going by .* iteration 7"):
+        mmfusion("mine", "--run", str(trained), "--ranks=1:30", "--margin=none")
+    assert manifest().pairs["mined-7"].made_by["trained_with"] == {"mined-6": "f" * 64}
+
+
+def test_overrides_are_told_without_secrets(mmfusion, run):
+    options = ["--wandb.project=https://me:SECRET@host/a", "--data.eval_batch_size=64"]
+    mmfusion("mine", "--run", str(run), "--name=told", "--ranks=1:30", "--margin=none", *options)
+    assert manifest().pairs["told"].made_by["overrides"] == ["--wandb.project=https://host/a", options[1]]
 
 
 def test_the_next_command_of_a_run_by_fit(tmp_path):
@@ -462,13 +585,36 @@ def test_the_next_command_of_a_run_by_fit(tmp_path):
 
 def test_the_next_command_keeps_options_and_quotes_them(tmp_path):
     (tmp_path / "config.yaml").write_text("data: {init_args: {path: shards, hard_negatives: 2}}")
-    options = ["--model.losses.query_text={label: a b}", "--data.hard_from", "[mined-1]", "--data.hard_negatives=2"]
+    odd = ['--wandb.group=$HOME\'s "`!$$x`"', "--experiment=a\\b"]
+    options = [
+        "--model.losses.query_text={label: a b}",
+        "--data.hard_from",
+        "[mined-1]",
+        "--data.hard_negatives=2",
+        *odd,
+    ]
     command = ["mmfusion", "train", "--exp", "joint", "--encoders", "minilm", "--data", "my shards", *options,
                "--resume=runs/x/checkpoints/last.ckpt"]  # fmt: skip
     (tmp_path / "environment.json").write_text(json.dumps({"command": command}))
-    typed = next_command(tmp_path, None, "mined-2")
-    words = shlex.split(typed)
-    assert words[:5] == ["make", "train", "EXP=joint", "ENCODERS=minilm", "DATA=my shards"]
-    assert shlex.split(words[5].removeprefix("ARGS=")) == [
-        options[0], "--data.hard_negatives=2", "--data.hard_from=[mined-2]"
-    ]  # fmt: skip
+    for data in (None, "it's $(pwd)", "$HOME"):
+        typed = next_command(tmp_path, data, "mined-2")
+        assert as_made(typed)[1:] == [
+            "train", "--exp", "joint", "--encoders", "minilm", "--data", data or "my shards", options[0], *odd,
+            "--data.hard_negatives=2", "--data.hard_from=[mined-2]",
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", ["train", "fit"])
+def test_the_next_command_passes_the_check_of_its_options(tmp_path, verb):
+    """Of a run with hard_max_gain, which says something of judged negatives alone: in a file, or typed."""
+    (tmp_path / "config.yaml").write_text("data: {init_args: {path: a, hard_negatives: 2, hard_max_gain: 0.1}}")
+    command = ["mmfusion", verb, "--exp=joint", "--data", "a", "--data.path=b", "--data.hard_max_gain=0.1"]
+    (tmp_path / "environment.json").write_text(json.dumps({"command": command}))
+    typed = next_command(tmp_path, None, "mined-1")
+    words = as_made(typed) if verb == "train" else shlex.split(typed)
+    assert words[-3:] == ["--data.hard_negatives=2", "--data.hard_from=[mined-1]", "--data.hard_max_gain=0.0"]
+    given = {name: yaml.safe_load(value) for name, value in re.findall(r"--data\.(hard_\w+)=(\S+)", " ".join(words))}
+    TupleDataModule(**given)
+    assert verb == "fit" or words[words.index("--data") + 1] == "b"
+    with pytest.raises(ValueError, match="hard_max_gain"):
+        TupleDataModule(**{**given, "hard_max_gain": 0.1})

@@ -3,19 +3,26 @@
 import csv
 import dataclasses
 import json
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from torch import Tensor
 
+from datamodules.pair_tables import write_pair_table
 from mmfusion.batch import Judged, TupleBatch
+from mmfusion.contract import contract
 from mmfusion.features import part_of
 from mmfusion.loggers import AppendingCSVLogger
-from mmfusion.losses import InfoNCE, Loss, Pairs
+from mmfusion.losses import Distillation, GradedInfoNCE, InfoNCE, Loss, Matryoshka, Pairs, Sigmoid
 from mmfusion.run import FusionCLI
 from mmfusion.stages import LossWeights, Stage, Until
+from mmfusion.term_checks import check_label
 from mmfusion.terms import TERM_VIEWS, Losses, base_of, loss_terms, sides, trained_dims
 from tests.ddp import run_ranks
 from tests.small_run import small_data, small_module, small_shards, small_trainer
@@ -58,8 +65,13 @@ class Asked(Loss):
         return left.sum() + right.sum()
 
 
+class AskedForScores(Asked):
+    reads = "scores"
+
+
 def asked(batch: TupleBatch, term: str, label: str | None = None) -> tuple:
-    losses = Losses(more={f"{term}_mine": Asked(label)}).modules()
+    loss = (AskedForScores if label == "teacher" else Asked)(label)
+    losses = Losses(more={f"{term}_mine": loss}).modules()
     vectors = {name: torch.randn(TUPLES if name == "query" else len(batch.product.id), 4) for name in sides([term])}
     loss_terms(losses, {f"{term}_mine"}, vectors, batch)
     return losses[f"{term}_mine"].asked
@@ -102,18 +114,92 @@ def test_what_is_not_valid_takes_no_part(batch):
         assert not asked(batch, term)[4][7], right
 
 
-def test_a_label_is_a_column_or_a_teachers_table(batch):
+def test_judgments_are_of_a_column_and_scores_of_a_teachers_table(batch):
+    """Also where both have the name: what a loss reads says which it means."""
     by_default, clicks, teacher = (asked(batch, "query_text", label)[2] for label in (None, "clicks", "teacher"))
     assert torch.equal(by_default.gain, asked(batch, "query_text", "relevance")[2].gain)
     assert torch.equal(clicks.gain, by_default.gain * 0.5)
     assert torch.equal(teacher.gain, by_default.gain - 3)
     assert not teacher.positive.any()
-    said = (
-        r"model.losses.more.query_text_mine.init_args.label 'clicked' is neither one of the shards' label columns "
-        r"\(relevance, clicks\) nor of the tables of data.scores \(teacher\). Did you mean clicks\?"
-    )
+    shadowing = dataclasses.replace(batch, scores={"clicks": batch.scores["teacher"]})
+    assert torch.equal(asked(shadowing, "query_text", "clicks")[2].gain, clicks.gain)
+    losses = Losses(more={"query_text_x": AskedForScores("clicks"), "query_text_y": Asked("clicks")}).modules()
+    vectors = {"query": torch.randn(TUPLES, 4), "text": torch.randn(len(batch.product.id), 4)}
+    loss_terms(losses, {"query_text_x", "query_text_y"}, vectors, shadowing)
+    assert torch.equal(losses["query_text_x"].asked[2].gain, teacher.gain)
+    assert torch.equal(losses["query_text_y"].asked[2].gain, clicks.gain)
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (InfoNCE, None),
+        (lambda: InfoNCE("clicks"), None),
+        (lambda: Distillation("teacher"), None),
+        (lambda: Matryoshka(Distillation("teacher"), [2]), None),
+        (lambda: Matryoshka(InfoNCE("clicks"), [2]), None),
+        (
+            lambda: InfoNCE("clicked"),
+            r"model.losses.more.query_text_mine.init_args.label 'clicked' is neither one of the shards' label columns "
+            r"\(relevance, clicks\) nor of the tables of data.scores \(teacher, clicker\). Did you mean clicks\?",
+        ),
+        (lambda: Distillation("clickers"), r"'clickers' is neither .*. Did you mean clicker\?"),
+        (
+            lambda: InfoNCE("teacher"),
+            r"'teacher' is one of the tables of data.scores \(teacher, clicker\), but InfoNCE learns from judgments: "
+            r"name one of the shards' label columns \(relevance, clicks\)$",
+        ),
+        (
+            lambda: Distillation("clicks"),
+            r"'clicks' is one of the shards' label columns .*, but Distillation learns from a table of scores: name "
+            r"one of the tables of data.scores \(teacher, clicker\)$",
+        ),
+        (lambda: Matryoshka(Distillation("clicks"), [2]), "but Distillation learns from a table of scores"),
+        (lambda: Matryoshka(InfoNCE("teacher"), [2]), "but InfoNCE learns from judgments"),
+        (lambda: AskedForScores(None), "label is null, but AskedForScores learns from a table of scores: name one of"),
+    ],
+)
+def test_a_label_is_one_that_its_loss_can_learn_from(loss, said):
+    with nullcontext() if said is None else pytest.raises(ValueError, match=said):
+        check_label("query_text_mine", loss(), ["relevance", "clicks"], ["teacher", "clicker"])
+
+
+@pytest.mark.parametrize("stage", ["first", "last"])
+def test_labels_of_all_stages_are_checked_before_training(shards, tmp_path, stage):
+    weights = {"first": LossWeights(query_text=1.0), "last": LossWeights(query_text=1.0)}
+    weights[stage] = LossWeights(more={"query_product_mine": 1.0})
+    stages = {"first": Stage(Until(steps=2), weights["first"]), "last": Stage(Until(fraction=1.0), weights["last"])}
+    said = r"more.query_product_mine.init_args.label 'relevnce' .* data.scores \(none\). Did you mean relevance\?"
+    module = small_module(losses=Losses(more={"query_product_mine": InfoNCE("relevnce")}), stages=stages)
+    trainer = small_trainer(tmp_path)
     with pytest.raises(ValueError, match=said):
-        asked(batch, "query_text", "clicked")
+        trainer.fit(module, small_data(shards))
+    assert trainer.global_step == 0
+    unused = small_module(losses=Losses(more={"query_product_mine": InfoNCE("relevnce")}))
+    unused.query.encoder.fit(["red cup", "blue hat", "number 12 lamp", "green shoe", "yellow"])
+    small_trainer(tmp_path).test(unused, small_data(shards), verbose=False)
+    assert set(unused.results) == {"val", "test"}, "other data may be evaluated on"
+
+
+def test_an_unused_term_may_have_any_label(shards, tmp_path):
+    module = small_module(losses=Losses(more={"query_product_mine": InfoNCE("relevnce")}))
+    trainer = small_trainer(tmp_path, steps=8)
+    trainer.fit(module, small_data(shards))
+    assert trainer.global_step == 8
+
+
+def test_a_judged_pairs_loss_learns_nothing_from_scores(tmp_path):
+    """InfoNCE over a teacher's table has no positives: it would be 0 in every step."""
+    shards = small_shards(tmp_path)
+    query, product = np.arange(4).repeat(3), np.tile(np.array([1, 2, 3]), 4)
+    write_pair_table(shards, "teacher", "scores", query, product, np.arange(12, dtype=np.float32), {})
+    data = {"scores": ["teacher"]}
+    for loss, said in ((InfoNCE("teacher"), "InfoNCE learns from judgments"), (Distillation("teacher"), None)):
+        module = small_module(losses=Losses(query_product=loss))
+        trainer = small_trainer(tmp_path, steps=8)
+        with nullcontext() if said is None else pytest.raises(ValueError, match=said):
+            trainer.fit(module, small_data(shards, **data))
+        assert trainer.global_step == (8 if said is None else 0)
 
 
 def test_what_a_product_is_to_itself_has_no_label():
@@ -223,11 +309,11 @@ def test_further_terms_are_options(shards, tmp_path, way):
 
 
 def test_a_resumed_run_has_the_same_terms(shards):
-    from mmfusion.options import contract
-
     def of(*given: str) -> dict:
         return contract(yaml.safe_load(parsed(*options(shards, *given)).resolved()))
 
+    chunked = {"class_path": "Matryoshka", "init_args": {"loss": {"class_path": "Sigmoid"}, "dims": [8]}}
+    assert not [key for key in of(f"--model.losses.query_text={json.dumps(chunked)}") if "chunk" in key]
     one = of(f"--model.losses.more={json.dumps({DESIRABLE: {'class_path': 'InfoNCE'}})}")
     other = of(
         f"--model.losses.more={json.dumps({DESIRABLE: {'class_path': 'GradedInfoNCE'}})}", "--model.micro_batch=8"
@@ -237,7 +323,80 @@ def test_a_resumed_run_has_the_same_terms(shards):
     assert "model.micro_batch" in differ
 
 
-@pytest.mark.parametrize("name", ["InfoNCE", "GradedInfoNCE", "Sigmoid", "Distillation", "Matryoshka"])
+LOSSES = ["Distillation", "GradedInfoNCE", "InfoNCE", "Matryoshka", "Sigmoid"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("query_product=InfoNCe", "InfoNCe: the nearest names are InfoNCE"),
+        ("query_product=mmfusion.losses.Sigmiod", "Sigmiod: the nearest names are Sigmoid"),
+        ('more={"query_product_x": "InfoNCe"}', "InfoNCe: the nearest names are InfoNCE"),
+        (
+            'query_text={"class_path": "Matryoshka", "init_args": {"loss": "InfoNCe", "dims": [8]}}',
+            "InfoNCe: the nearest names are InfoNCE",
+        ),
+        ("query_text=Loss", ""),
+        ("query_text=torch.nn.Linear", ""),
+    ],
+)
+def test_a_wrong_name_of_a_loss_is_told_with_the_right_ones(shards, given, said):
+    with pytest.raises(ValueError, match=r"model\.losses takes a class name") as error:
+        parsed(*options(shards, f"--model.losses.{given}"))
+    assert f"for each term: {', '.join(LOSSES)}\n{said}" in f"{error.value}\n"
+
+
+@pytest.mark.parametrize(
+    ("loss", "near"),
+    [
+        ({"class_path": "InfoNCE", "init_args": {"temperatur": 3}}, "temperatur: the nearest names are temperature$"),
+        ({"class_path": "Distillation", "init_args": {"label": "x", "teacher_temprature": 3}}, "teacher_temperature"),
+        ({"class_path": "Sigmoid", "init_args": {"bais": 3}}, "bais: the nearest names are bias$"),
+        (
+            {"class_path": "Distillation", "init_args": {"label": "x", "hard_upto": 3}},
+            "not accepted((?!hard_up_to).)*$",
+        ),
+    ],
+)
+@pytest.mark.parametrize("place", ["query_product", "more"])
+def test_a_wrong_option_of_a_loss_is_told_with_the_nearest(shards, place, loss, near):
+    value = {"query_product_x": loss} if place == "more" else loss
+    with pytest.raises(ValueError, match=f"(?s){near}"):
+        parsed(*options(shards, f"--model.losses.{place}={json.dumps(value)}"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: {stages: {fuse: {losses: {more: 3}}}}", "losses.more.*Expected a <class 'dict'>. Got value: 3"),
+        ("model: {stages: {fuse: {losses: {more: [a, b]}}}}", r"losses.more.*Expected a <class 'dict'>. Got value: \["),
+        ("model: {stages: {fuse: {rates: [a]}}}", r"rates.*Expected a <class 'dict'>. Got value: \['a'\]"),
+        ("model: {stages: {fuse: }}", "model.stages.*Got value: None"),
+        ("model: {stages: [a]}", r"model.stages.*Expected a <class 'dict'>. Got value: \['a'\]"),
+        ("model: {losses: {more: 3}}", "model.losses.more.*Expected a <class 'dict'>"),
+        ("model: 3", "model"),
+        ("[1]", r"Unexpected config: \[1\]"),
+        ("a: [", "parsing"),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--model.stages.fuse.losses.more.query_text_x=1"]])
+def test_what_is_no_table_is_left_to_the_parser(shards, tmp_path, text, said, more):
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=f"(?s){said}"):
+        parsed(*options(shards, f"--config={file}", *more))
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_weights_of_16_bits_are_refused(shards, precision):
+    with pytest.raises(
+        ValueError, match=f"trainer.precision={precision} would hold the weights in 16 bits.*bf16-mixed"
+    ):
+        parsed(*options(shards, f"--trainer.precision={precision}"))
+    parsed(*options(shards, "--trainer.precision=bf16-mixed"))
+
+
+@pytest.mark.parametrize("name", LOSSES)
 def test_losses_go_by_their_class_names(shards, name):
     inner = {"loss": {"class_path": "InfoNCE"}, "dims": [16, 32]} if name == "Matryoshka" else {}
     needed = {"label": "teacher"} if name == "Distillation" else inner
@@ -253,13 +412,49 @@ def test_losses_go_by_their_class_names(shards, name):
 
 def test_where_hard_negatives_come_from_is_logged(shards, tmp_path):
     logger = AppendingCSVLogger(tmp_path, name="exp", version="1")
-    data = small_data(shards, hard_negatives=2)
-    small_trainer(tmp_path, logger=logger, log_every_n_steps=2, steps=6).fit(small_module(micro_batch=9), data)
+    data = small_data(shards, hard_negatives=2, hard_max_gain=0.1)
+    module = small_module(micro_batch=9, losses=Losses(InfoNCE(hard_up_to=0.1)))
+    small_trainer(tmp_path, logger=logger, log_every_n_steps=2, steps=6).fit(module, data)
     with (tmp_path / "exp/1/metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["train/loss"]]
     assert len(rows) == 3
     for row in rows:
         assert float(row["data/hard/random"]) + float(row["data/hard/judged"]) == pytest.approx(1)
+
+
+def fitted_with_substitutes(shards: Path, folder: Path, losses: Losses, **data: Any) -> list[str]:
+    """What rank 0 is warned of where labels worth .1 are read as hard negatives."""
+    stages = {"all": Stage(Until(fraction=1.0), LossWeights(query_product=1.0, query_text=1.0, text_image=1.0))}
+    trainer = small_trainer(folder, steps=1)
+    options = {"hard_negatives": 1, "hard_max_gain": 0.1, **data}
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        trainer.fit(small_module(losses=losses, stages=stages), small_data(shards, **options))
+    return [str(warning.message) for warning in seen if "hard_max_gain" in str(warning.message)]
+
+
+def test_hard_negatives_that_no_loss_takes_as_such_are_warned_of(shards, tmp_path):
+    (said,) = fitted_with_substitutes(shards, tmp_path, Losses(query_text=GradedInfoNCE(hard_up_to=0.09)))
+    assert said.startswith(
+        "data.hard_max_gain is 0.1, but hard_up_to is less in all of model.losses.query_product.init_args.hard_up_to, "
+        "model.losses.query_text.init_args.hard_up_to: "
+    )
+    (said,) = fitted_with_substitutes(shards, tmp_path, Losses(query_text=Matryoshka(InfoNCE(), [2])))
+    assert "query_text" in said
+
+
+@pytest.mark.parametrize(
+    ("losses", "data"),
+    [
+        (lambda: Losses(query_text=InfoNCE(hard_up_to=0.1)), {}),
+        (lambda: Losses(query_text=Matryoshka(Sigmoid(hard_up_to=0.1), [2])), {}),
+        (lambda: Losses(query_text=InfoNCE(mask_false_negatives=False)), {}),
+        (Losses, {"hard_max_gain": 0.0, "hard_from": []}),
+        (Losses, {"hard_max_gain": 0.0, "hard_negatives": 0}),
+    ],
+)
+def test_hard_negatives_that_a_loss_takes_are_not_warned_of(shards, tmp_path, losses, data):
+    assert fitted_with_substitutes(shards, tmp_path, losses(), **data) == []
 
 
 # ---- not finite ------------------------------------------------------------------------------------------------------

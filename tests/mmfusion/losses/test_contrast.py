@@ -17,7 +17,7 @@ LISTED = drawn_pairs(ROWS, COLUMNS).between(ROW_VALID, COLUMN_VALID).sorted().ro
 
 @pytest.fixture(autouse=True, params=[3 * COLUMNS, 2**19], ids=["small tiles", "one tile"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TILE", request.param)
+    monkeypatch.setattr(module, "TILE", {"cpu": request.param})
     monkeypatch.setattr(module, "PART", 2 * request.param)
 
 

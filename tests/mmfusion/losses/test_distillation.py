@@ -204,7 +204,7 @@ def test_bf16_towers_under_autocast_get_an_fp32_loss(kind: Kind) -> None:
 
 
 def test_it_teaches_the_teachers_order() -> None:
-    """Free vectors, 20 steps: the order of each row's products becomes the teacher's."""
+    """Free vectors, 200 steps: the order of each row's products becomes the teacher's."""
     pairs = scored([3.0, 1.0, -2.0, 0.5])
     for kind in get_args(Kind):
         left, right = (rows.requires_grad_() for rows in vectors(torch.float32))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mmfusion.losses import GradedInfoNCE, InfoNCE, Pairs
+from mmfusion.losses import GradedInfoNCE, InfoNCE, Pairs, Sigmoid
 from mmfusion.losses.info_nce import Contrastive
 from tests.mmfusion.losses.slow import drawn_pairs, positives_of, slow_mean, unit
 
@@ -145,3 +145,9 @@ def test_duplicate_queries_masked_have_lower_loss_where_they_are_right() -> None
 def test_a_chunk_without_rows_is_an_error(kind: type[Contrastive]) -> None:
     with pytest.raises(ValueError, match="chunk is 0; expected a number of rows"):
         kind(chunk=0)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("kind", [InfoNCE, Sigmoid])
+def test_judgments_that_nobody_goes_by_are_an_error(kind: Any) -> None:
+    with pytest.raises(ValueError, match=r"hard_up_to=0.1 with mask_false_negatives=false"):
+        kind(mask_false_negatives=False, hard_up_to=0.1)
