@@ -161,7 +161,7 @@ class RetrievalData(Protocol):
         made_by: dict[str, Any],
         replace: bool = False,
     ) -> Path:
-        """Writes a table of dense ids beside the data. made_by: where it comes from, as JSON. replace: another of it."""
+        """Writes a table of dense ids beside the data. made_by: where it comes from, as JSON. replace: one so named."""
 
     def judgments(self, split: str) -> Judgments: ...
 
