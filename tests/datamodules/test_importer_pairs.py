@@ -197,7 +197,8 @@ def test_what_is_missing_is_told_with_an_example(monkeypatch, capfd, kind, usage
 
 def test_make_hands_the_name_on():
     made = subprocess.run(
-        ["make", "-n", "--no-print-directory", "-o", "setup", "data", "FROM=scores", "SRC=a.csv", "OUT=b", "NAME=teacher", "ARGS=--replace"],
+        ["make", "-n", "--no-print-directory", "-o", "setup", "data", "FROM=scores", "SRC=a.csv", "OUT=b",
+         "NAME=teacher", "ARGS=--replace"],
         cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert shlex.split(made.stdout.splitlines()[-1])[1:] == [
