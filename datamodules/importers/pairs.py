@@ -5,7 +5,6 @@ folder of shards: `data.scores` trains on scores, `data.hard_from` on negatives.
 batch; what is held is 20 bytes per row besides the catalogue's ids.
 """
 
-import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from datamodules.importers.published import require
+from datamodules.importing.outputs import file_sha256
 from datamodules.importing.staging import texts
 from datamodules.importing.tables import place, table_batches
 from datamodules.manifest import Manifest, pair_file, read_manifest
@@ -47,7 +47,7 @@ class _Pairs:
         query, product, score = self._read(src, ids)
         order = _order(src, query, product, len(ids["product_id"]))
         made_by: dict[str, Any] = {
-            "importer": self.kind, "file": src.name, "sha256": _sha256(src), "rows": len(query)
+            "importer": self.kind, "file": src.name, "sha256": file_sha256(src), "rows": len(query)
         }  # fmt: skip
         table = write_pair_table(
             out, name, self.kind, query[order], product[order], score[order], made_by, self.replace
@@ -186,8 +186,3 @@ def _order(src: Path, query: np.ndarray, product: np.ndarray, products: int) -> 
 
 def _error(src: Path, row: int, problem: str) -> ValueError:
     return ValueError(f"{src}, {place(src, row)}: {problem}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -23,7 +23,7 @@ def write_tables(folder: Path, catalogue: Catalogue, judgments: DenseJudgments, 
     _write_queries(catalogue, judgments, folder / "queries.parquet")
     _write_judgments(judgments, folder / "judgments.parquet")
     _write_missing(catalogue, written, folder / MISSING)
-    return {name: _sha256(folder / name) for name in TABLES}
+    return {name: file_sha256(folder / name) for name in TABLES}
 
 
 def _write_index(catalogue: Catalogue, judgments: DenseJudgments, written: list[Done], path: Path) -> None:
@@ -72,6 +72,6 @@ def _write_missing(catalogue: Catalogue, written: list[Done], path: Path) -> Non
             rows.writerow([product_id, catalogue.image(photo.row), photo.reason])
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,7 +8,6 @@ clock is never a test: a peak over the goal says so and the exit code stays 0.
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
+from measured import console, said
 
 ROOT = Path(__file__).parents[2]
 GOAL, GIB, LOOKS = 2 << 30, 2**30, 10  # bytes; looks per second
@@ -33,8 +32,6 @@ if __name__ == "__main__":
     src, out, jobs = sys.argv[1:]
     OwnCatalogue(src=src, out=out, jobs=jobs if jobs == "ray" else int(jobs)).run()
 """
-
-console = Console(width=None if os.isatty(1) else 150)
 
 
 def write_catalogue(folder: Path, judgments: int, products: int, queries: int, seed: int) -> None:
@@ -116,10 +113,6 @@ def family(pid: int) -> list[int]:
     except OSError:
         return [pid]
     return [pid, *(one for child in children for one in family(child))]
-
-
-def said(line: str, started: float = time.perf_counter()) -> None:
-    console.print(f"[dim]{time.perf_counter() - started:6.1f} s[/]  {line}", highlight=False)
 
 
 def main() -> None:

@@ -40,9 +40,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import simplejpeg
 import torch
+from measured import console, said
 from PIL import Image
 from PIL.Image import Resampling
-from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import interpolate
 
@@ -50,8 +50,6 @@ REPEATS, MIB, BLOCK = 3, 2**20, 512
 OF_THE_LIMIT, OF_OPEN_CLIP = 0.9, 1.2  # goals: times the samples per second of each
 COLOURS, SHAPES = ("red", "green", "blue", "black"), ("chair", "lamp", "shirt", "shoe", "table", "watch")
 SPAWN = multiprocessing.get_context("spawn")
-
-console = Console(width=None if os.isatty(1) else 150)
 
 
 @dataclass(frozen=True)
@@ -379,10 +377,6 @@ def begin_in_the_middle(millions: Sequence[int], batch: int) -> None:
         milliseconds = (made - start, requests[0], first / million, statistics.median(requests[1:]))
         table.add_row(f"{samples:,}", *(f"{1000 * value:,.2f}" for value in milliseconds))
     console.print(table)
-
-
-def said(line: str, started: float = time.perf_counter()) -> None:
-    console.print(f"[dim]{time.perf_counter() - started:6.1f} s[/]  {line}", highlight=False)
 
 
 def main() -> None:

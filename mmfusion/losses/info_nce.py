@@ -1,6 +1,7 @@
 """Contrastive losses over the batch of all ranks: the mathematics of functional.py on the matrix of contrast.py."""
 
 from abc import abstractmethod
+from typing import Any
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -8,36 +9,20 @@ from torch import Tensor
 from mmfusion.losses.contrast import contrast
 from mmfusion.losses.functional import Positives, graded_info_nce, row_weights, widened
 from mmfusion.losses.gather import exchange_columns, gather_ragged, gather_rows, own_rows, share_of_mean
-from mmfusion.losses.modules import Scaled, check_hard
+from mmfusion.losses.modules import Listing
 from mmfusion.losses.pairs import Pairs
 
 
-class Contrastive(Scaled):
+class Contrastive(Listing):
     """What InfoNCE and GradedInfoNCE share: their means are over the rows of all ranks that have a pair to win with.
 
     Each rank compares its left rows with the right rows of all ranks, once for both directions.
     """
 
-    def __init__(
-        self,
-        label: str | None,
-        temperature: float,
-        learnable: bool,
-        max_scale: float,
-        symmetric: bool,
-        positives: Positives,
-        hard_up_to: float,
-        chunk: int | None,
-    ) -> None:
-        super().__init__(label, temperature=temperature, learnable=learnable, max_scale=max_scale)
-        if chunk is not None and chunk < 1:
-            raise ValueError(f"chunk is {chunk}; expected a number of rows, at least 1, or null")
-        self.symmetric, self.hard_up_to, self.chunk = symmetric, hard_up_to, chunk
+    def __init__(self, label: str | None, symmetric: bool, positives: Positives, **listing: Any) -> None:
+        super().__init__(label, **listing)
+        self.symmetric = symmetric
         self.positives: Positives = positives
-
-    def listed(self, pairs: Pairs, left: int, right: int) -> Pairs:
-        """The pairs that are no negatives. left, right: rows per rank."""
-        return pairs.above(self.hard_up_to)
 
     @abstractmethod
     def worth(self, pairs: Pairs) -> Float[Tensor, "pair"]:
@@ -122,12 +107,10 @@ class InfoNCE(Contrastive):
         hard_up_to: float = 0.0,
         chunk: int | None = None,
     ) -> None:
-        super().__init__(label, temperature, learnable, max_scale, symmetric, positives, hard_up_to, chunk)
-        check_hard(mask_false_negatives, hard_up_to)
-        self.mask_false_negatives = mask_false_negatives
-
-    def listed(self, pairs: Pairs, left: int, right: int) -> Pairs:
-        return super().listed(pairs, left, right) if self.mask_false_negatives else pairs.own(left, right)
+        super().__init__(
+            label, symmetric, positives, temperature=temperature, learnable=learnable, max_scale=max_scale,
+            mask_false_negatives=mask_false_negatives, hard_up_to=hard_up_to, chunk=chunk,
+        )  # fmt: skip
 
     def worth(self, pairs: Pairs) -> Float[Tensor, "pair"]:
         return pairs.positive.float()
@@ -165,7 +148,10 @@ class GradedInfoNCE(Contrastive):
         hard_up_to: float = 0.0,
         chunk: int | None = None,
     ) -> None:
-        super().__init__(label, temperature, learnable, max_scale, symmetric, positives, hard_up_to, chunk)
+        super().__init__(
+            label, symmetric, positives, temperature=temperature, learnable=learnable, max_scale=max_scale,
+            hard_up_to=hard_up_to, chunk=chunk,
+        )  # fmt: skip
 
     def worth(self, pairs: Pairs) -> Float[Tensor, "pair"]:
         return pairs.gain

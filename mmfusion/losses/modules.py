@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -90,10 +90,31 @@ class Scaled(Loss):
             self.log_scale.data.clamp_(max=math.log(self.max_scale))
 
 
-def check_hard(mask_false_negatives: bool, hard_up_to: float) -> None:
-    """Raises ValueError where judgments make negatives of a loss that does not go by judgments."""
-    if hard_up_to and not mask_false_negatives:
-        raise ValueError(
-            f"hard_up_to={hard_up_to} with mask_false_negatives=false: without judgments all pairs but the tuples' own "
-            "are negatives already; leave out one of the two"
-        )
+class Listing(Scaled):
+    """A loss that compares all rows, and goes by the judgments of the batch where it masks false negatives.
+
+    Options as in InfoNCE and Sigmoid; those of Scaled are passed on.
+    """
+
+    def __init__(
+        self,
+        label: str | None,
+        *,
+        mask_false_negatives: bool = True,
+        hard_up_to: float,
+        chunk: int | None,
+        **scaled: Any,
+    ) -> None:
+        super().__init__(label, **scaled)
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk is {chunk}; expected a number of rows, at least 1, or null")
+        if hard_up_to and not mask_false_negatives:
+            raise ValueError(
+                f"hard_up_to={hard_up_to} with mask_false_negatives=false: without judgments all pairs but the tuples' "
+                "own are negatives already; leave out one of the two"
+            )
+        self.mask_false_negatives, self.hard_up_to, self.chunk = mask_false_negatives, hard_up_to, chunk
+
+    def listed(self, pairs: Pairs, left: int, right: int) -> Pairs:
+        """The pairs that are no negatives. left, right: rows per rank."""
+        return pairs.above(self.hard_up_to) if self.mask_false_negatives else pairs.own(left, right)

@@ -11,7 +11,7 @@ from torch.nn.functional import softplus
 
 from mmfusion.losses.functional import lowest, widened
 from mmfusion.losses.gather import gather_rows, own_rows, share_of_mean
-from mmfusion.losses.modules import Scaled, check_hard
+from mmfusion.losses.modules import Listing
 from mmfusion.losses.pairs import Pairs
 from mmfusion.losses.ring import blocks, pass_on
 from mmfusion.precision import full_precision
@@ -22,7 +22,7 @@ ENTRIES = {"cpu": 2**20}
 EXACT = 50  # softplus is the identity above this, to the last bit of float64; its default, 20, is 2e-9 off
 
 
-class Sigmoid(Scaled):
+class Sigmoid(Listing):
     """A binary decision per pair of the batch of all ranks (SigLIP, Zhai 2023, arXiv 2303.15343, equation 1).
 
     loss = -1/n * sum over valid left rows i and valid right rows j of log sigmoid(z_ij * (scale * cosine_ij + bias)),
@@ -59,16 +59,15 @@ class Sigmoid(Scaled):
         hard_up_to: float = 0.0,
         chunk: int | None = None,
     ) -> None:
-        super().__init__(label, temperature=temperature, learnable=learnable, max_scale=max_scale)
-        if chunk is not None and chunk < 1:
-            raise ValueError(f"chunk is {chunk}; expected a number of rows, at least 1, or null")
-        check_hard(mask_false_negatives, hard_up_to)
+        super().__init__(
+            label, temperature=temperature, learnable=learnable, max_scale=max_scale,
+            mask_false_negatives=mask_false_negatives, hard_up_to=hard_up_to, chunk=chunk,
+        )  # fmt: skip
         start = torch.tensor(float(bias))
         if learnable:
             self.bias = nn.Parameter(start)
         else:
             self.register_buffer("bias", start)
-        self.mask_false_negatives, self.hard_up_to, self.chunk = mask_false_negatives, hard_up_to, chunk
 
     def forward(
         self,
@@ -80,9 +79,7 @@ class Sigmoid(Scaled):
     ) -> Float[Tensor, ""]:
         self.clip_scale()
         all_left, all_right = gather_rows(left_valid), gather_rows(right_valid)
-        masked = self.mask_false_negatives
-        pairs = pairs.above(self.hard_up_to) if masked else pairs.own(len(left), len(right))
-        own = pairs.between(all_left, all_right).of_rows(own_rows(len(left)))
+        own = self.listed(pairs, len(left), len(right)).between(all_left, all_right).of_rows(own_rows(len(left)))
         losses = sigmoid_losses(self.scale * widened(left), right, own, widened(self.bias), all_right, self.chunk)
         return share_of_mean(torch.where(left_valid, losses, 0), int(all_left.sum()))
 
