@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mmfusion.encoders.encoded import Encoded
-from mmfusion.fusion.head import FusionHead, softmax_over_present, start_at_zero, unit_scale, views
+from mmfusion.fusion.head import FusionHead, at_least, softmax_over_present, start_at_zero, unit_scale, views
 
 
 class Gated(FusionHead):
@@ -19,13 +19,23 @@ class Gated(FusionHead):
 
     Args:
         kind: "scalar", one gate per modality, or "dimension", one per modality and dimension.
+        hidden: width of a hidden layer of the gate (GELU), in multiples of dim; None: Wg alone, as in the paper.
         residual: gate the views themselves, corrected by V_m, starting from the masked sum.
     """
 
-    def __init__(self, dim: int, *, kind: Literal["scalar", "dimension"] = "dimension", residual: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        *,
+        kind: Literal["scalar", "dimension"] = "dimension",
+        hidden: float | None = None,
+        residual: bool = True,
+    ) -> None:
         super().__init__(dim)
         self.residual = residual
-        self.gate = nn.Linear(2 * dim, 2 * {"scalar": 1, "dimension": dim}[kind])
+        width = 2 * dim if hidden is None else at_least("Gated", "hidden * dim", int(hidden * dim), 1)
+        self.gate_hidden = nn.Identity() if hidden is None else nn.Sequential(nn.Linear(2 * dim, width), nn.GELU())
+        self.gate = nn.Linear(width, 2 * {"scalar": 1, "dimension": dim}[kind])
         self.text = nn.Linear(dim, dim)
         self.image = nn.Linear(dim, dim)
         if residual:
@@ -35,9 +45,8 @@ class Gated(FusionHead):
     def _weights(
         self, t: Float[Tensor, "product dim"], v: Float[Tensor, "product dim"], present: Bool[Tensor, "product 2"]
     ) -> Float[Tensor, "product 2 gate"]:
-        return softmax_over_present(
-            self.gate(torch.cat([unit_scale(t), unit_scale(v)], 1)).unflatten(1, (2, -1)), present
-        )
+        logits = self.gate(self.gate_hidden(torch.cat([unit_scale(t), unit_scale(v)], 1)))
+        return softmax_over_present(logits.unflatten(1, (2, -1)), present)
 
     def forward(
         self, text: Encoded, image: Encoded, present: Bool[Tensor, "product 2"]

@@ -21,9 +21,11 @@ HEADS: dict[str, Callable[[int], FusionHead]] = {
         for residual in (True, False)
         for name, head in {
             "ConcatLinear": fusion.ConcatLinear,
+            "ConcatLinear-wide": lambda dim, residual: fusion.ConcatLinear(dim, hidden=2.5, residual=residual),
             "ConcatMLP": lambda dim, residual: fusion.ConcatMLP(dim, layers=2, residual=residual),
             "Gated-scalar": lambda dim, residual: fusion.Gated(dim, kind="scalar", residual=residual),
             "Gated-dimension": lambda dim, residual: fusion.Gated(dim, kind="dimension", residual=residual),
+            "Gated-hidden": lambda dim, residual: fusion.Gated(dim, hidden=1.5, residual=residual),
             "CrossAttention": lambda dim, residual: fusion.CrossAttention(dim, layers=2, residual=residual),
             "MoEBilinear": lambda dim, residual: fusion.MoEBilinear(dim, rank=8, residual=residual),
         }.items()
@@ -207,6 +209,8 @@ def test_dropout_acts_in_training_only() -> None:
         (lambda: fusion.CrossAttention(8, heads=3), "CrossAttention: heads is 3; it must divide dim, 8"),
         (lambda: fusion.CrossAttention(8, heads=0), "CrossAttention: heads is 0; it must be at least 1"),
         (lambda: fusion.ConcatMLP(8, layers=0), "ConcatMLP: layers is 0; it must be at least 1"),
+        (lambda: fusion.ConcatLinear(8, hidden=0.5), r"ConcatLinear: hidden \* dim is 4; it must be at least 8"),
+        (lambda: fusion.Gated(8, hidden=0), r"Gated: hidden \* dim is 0; it must be at least 1"),
         (lambda: fusion.MoEBilinear(8, experts=0), "MoEBilinear: experts is 0; it must be at least 1"),
         (lambda: fusion.WeightedMean(8, weight=1.0), "WeightedMean: weight is 1.0"),
     ],

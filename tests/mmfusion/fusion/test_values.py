@@ -69,6 +69,17 @@ def test_concat_linear() -> None:
     close(fused(head), 0.6, 2.8)
 
 
+def test_a_wide_concat_linear_is_linear() -> None:
+    torch.manual_seed(0)
+    head = ConcatLinear(2, hidden=3.0, residual=False)
+    plain = ConcatLinear(2, residual=False)
+    with torch.no_grad():
+        plain.out.weight.copy_(head.out.weight @ head.first.weight)
+        plain.out.bias.copy_(head.out.bias)
+    assert sum(p.numel() for p in head.parameters()) == 4 * 6 + 6 * 2 + 2
+    torch.testing.assert_close(fused(head), fused(plain))
+
+
 def test_concat_mlp() -> None:
     head = ConcatMLP(2, hidden=0.5, layers=1, residual=False).eval()
     set_to(head.hidden[0][0].weight, 0, 0, 1, 0)
@@ -98,6 +109,16 @@ def test_residual_gate_weighs_the_views() -> None:
     close(fused(head), 2 * (0.75 * 0.6 + 0.25), 2 * 0.5 * 0.8)
     close(fused(head, IMAGE), 1, 0)
     assert head.gates(*views(), BOTH)["text"].item() == pytest.approx((0.75 + 0.5) / 2)
+
+
+def test_gate_with_a_hidden_layer() -> None:
+    head = Gated(2, hidden=0.5, kind="scalar")
+    set_to(head.gate_hidden[0].weight, 0, 0, 1, 0)
+    set_to(head.gate_hidden[0].bias, 0)
+    set_to(head.gate.weight, 1, 0)
+    gelu = ROOT * 0.5 * (1 + math.erf(ROOT / math.sqrt(2)))  # gelu(sqrt(2) v1)
+    share = 1 / (1 + math.exp(-gelu))
+    close(fused(head), 2 * (share * 0.6 + (1 - share)), 2 * share * 0.8)
 
 
 def test_moe_is_its_formula() -> None:
