@@ -1,5 +1,6 @@
 # Every target is a thin line over `mmfusion <verb>`. ARGS takes any --dotted.option.
 PYTHON    ?= python3
+ENCODERS_GIVEN := $(ENCODERS)
 ENCODERS  ?= tiny
 DATA_GIVEN := $(DATA)
 DATA      ?= data/demo
@@ -12,6 +13,8 @@ OUT       ?=
 JOBS      ?=
 MAX_SIDE  ?=
 SPLIT     ?=
+STUDY     :=
+SEEDS     :=
 NAME      :=
 K         :=
 RANKS     :=
@@ -21,7 +24,7 @@ BIN       := .venv/bin
 MMFUSION  := $(BIN)/mmfusion
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train data eval mine compare bench bench-eval bench-stream bench-import bench-loss test test-all lint format clean
+.PHONY: help setup train data eval mine compare study bench bench-eval bench-stream bench-import bench-loss test test-all lint format clean
 
 help:            ## list every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +53,9 @@ mine: setup      ## RUN=runs/... [DATA=shards] [NAME=mined-1] [K=20] [RANKS=10:1
 
 compare: setup   ## RUNS="runs/a runs/b [other.run]" [SPLIT=test] [OUT=page.html]: runs side by side, tested in pairs
 	@$(MMFUSION) compare $(RUNS) $(if $(SPLIT),--split '$(SPLIT)') $(if $(OUT),--out '$(OUT)') $(ARGS)
+
+study: setup     ## STUDY=demo [DATA=shards] [SEEDS=3] [JOBS=1] [ENCODERS=...] [ARGS="--report-only"]: many arms and seeds, and what they show; goes on where it was stopped
+	@$(MMFUSION) study --study '$(STUDY)' $(if $(DATA_GIVEN),--data '$(DATA)') $(if $(SEEDS),--seeds='$(SEEDS)') $(if $(JOBS),--jobs='$(JOBS)') $(if $(ENCODERS_GIVEN),--encoders '$(ENCODERS)') $(ARGS)
 
 bench: bench-eval bench-stream bench-import bench-loss  ## every benchmark
 

@@ -16,10 +16,12 @@ from datamodules.shards import Shards
 from datamodules.stores.store import open_store
 from datamodules.stream.batches import Look, Reader
 from datamodules.stream.failures import REASONS
+from datamodules.stream.known import KnownReader, LeftOut
 from datamodules.stream.loaders import EVALUATION, CorpusLoader, QueryLoader, Share, TupleLoader
 from datamodules.stream.pairs import PairOptions
 from datamodules.stream.retrieval_data import ShardsData
 from datamodules.stream.verify import check_unusable, find_unusable, gathered
+from mmfusion.batch import Known
 
 Modality = Literal["text", "image"]
 Stage = Literal["fit", "val", "test"]
@@ -102,6 +104,7 @@ class TupleDataModule(ShardsData, LightningDataModule):
         self.pairs = PairOptions(hard_negatives, tuple(hard_from), hard_max_gain, tuple(scores))
         self._pair_tables: dict[str, str] = {}
         self._check_options(modalities)
+        self._left_out = LeftOut()
         self._loaders: dict[Stage, Callable[[], TupleLoader | CorpusLoader | None]] = {}  # of products, the last made
 
     def _check_options(self, modalities: Sequence[str]) -> None:
@@ -186,6 +189,19 @@ class TupleDataModule(ShardsData, LightningDataModule):
         done = cast(_ProcessedTracker, self.trainer.fit_loop.epoch_loop.batch_progress.current)
         return self.trainer.current_epoch, done.processed
 
+    def _optimizer(self) -> tuple[int, int]:
+        """The optimizer step with which the epoch under way began, and batches per optimizer step."""
+        if self.trainer is None:
+            return 0, 1
+        _, done = self._progress()
+        each = self.trainer.accumulate_grad_batches
+        return self.trainer.global_step - done // each, each
+
+    def leave_out(self, known: Known | None, until: int) -> None:
+        """See RetrievalData. Set up for fit, or for evaluation alone."""
+        self._left_out.known = None if known is None else KnownReader(self.reader, known)
+        self._left_out.until = until
+
     def train_dataloader(self) -> TupleLoader:
         loader = TupleLoader(
             self.plan,
@@ -196,6 +212,8 @@ class TupleDataModule(ShardsData, LightningDataModule):
             ranks=self._ranks,
             workers=self.workers,
             max_broken=self.max_broken,
+            left_out=self._left_out,
+            optimizer=self._optimizer,
         )
         # Weak, as the loader refers to this module: in a cycle its workers would be collected by force, 5 s each.
         self._loaders["fit"] = weakref.ref(loader)
@@ -253,6 +271,7 @@ class TupleDataModule(ShardsData, LightningDataModule):
             self.workers,
             products=len(ids),
             max_broken=self.max_broken,
+            left_out=self._left_out,
         )
 
     def corpus_ids(self, corpus: str) -> Int64[np.ndarray, "product"]:

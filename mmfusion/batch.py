@@ -60,6 +60,9 @@ class ProductBatch(_Movable):
     present: column 0 text, column 1 photo; what fills an absent modality must not matter.
     draw: a random 63-bit number that depends on (seed, epoch, product id) alone; augmentation and modality dropout
     derive from it, so that they do not depend on ranks, workers or resumption.
+    shown: False where the batch has no content, for a model that knows what its encoders make of each product (see
+    RetrievalData.leave_out): every text is "" and every photo of 0 x 0 pixels, so that a network fails on it, while
+    `present` still says what the product has.
     """
 
     text: list[str]
@@ -68,6 +71,19 @@ class ProductBatch(_Movable):
     id: Int[Tensor, "product"]
     draw: Int[Tensor, "product"]
     valid: Bool[Tensor, "product"]
+    shown: bool = True
+
+
+@dataclass
+class Known:
+    """What reading every product of the catalogue has told; row is the dense id, on CPU.
+
+    present: as in ProductBatch, with the same text fields and modalities. readable: the sample could be read; one that
+    could not is replaced in training, and has neither text nor photo in evaluation.
+    """
+
+    present: Bool[Tensor, "product 2"]
+    readable: Bool[Tensor, "product"]
 
 
 @dataclass
@@ -138,6 +154,28 @@ class RetrievalData(Protocol):
     hard_sources: list[str]  # what TupleBatch.hard counts: "random" and data.hard_from; empty without hard negatives
     hard_max_gain: float  # the most that those from judgments are worth in the primary label column; 0 without any
     score_tables: list[str]  # the keys of TupleBatch.scores
+    shows: dict[str, Any]  # text_fields, image_size, modalities: with manifest_hash, each product's text and photo
+
+    def queries(self) -> int:
+        """How many there are, of all splits; their dense ids are 0 ... n - 1."""
+
+    def product_batches(self, ids: np.ndarray) -> Iterator[ProductBatch]:
+        """These products (int64, a rank's own choice), in this order, as evaluation sees them; always with content.
+
+        `valid` is False where the sample could not be read. When they are through: warns of what failed, and raises
+        ValueError when it is more than data.max_broken of them.
+        """
+
+    def leave_out(self, known: Known | None, until: int) -> None:
+        """From now on evaluation's batches, and those of training steps below `until`, have no content.
+
+        `until` counts the run's optimizer steps. Content-free batches are made without reading any shard; in all but
+        text, photo and `shown` they equal those that are read. None: everything has content again. All ranks call it
+        at the same step, at any time; batches that were asked for already, and an evaluation that has begun, keep what
+        they have. So a step that needs content has it always, one that does not may. A training batch is made before
+        its on_train_batch_start. What `known` says could not be read counts as failed in each pass (see failures), as
+        if it were read. Raises ValueError when `known` is of other products.
+        """
 
     def texts(self) -> Iterator[str]:
         """Product texts of trainable products and train queries: what a tokenizer from scratch is trained on."""

@@ -1,12 +1,16 @@
-"""`last` for going on, `best` for everything else: the best validation of the primary view in the last stage."""
+"""`last` for going on, `best` for everything else: the best validation of the primary view in the last stage.
+
+And on request `stage-<name>`, at the end of a stage, for other runs to branch off from.
+"""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from mmfusion.stages import StagedModule
@@ -79,6 +83,49 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._last_global_step_saved != trainer.global_step:
             trainer.save_checkpoint(Path(cast(str, self.dirpath)) / LAST)
+
+
+class StageCheckpoints(Checkpoint):
+    """checkpoints/stage-<name>.ckpt after the last optimizer step of each stage in `names`, mid-epoch too.
+
+    Saved when LastCheckpoint would save. To come before it among the callbacks: a run that goes on from a `last` past
+    the stage's end has saved the stage then.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        self.folder, self.names = folder, names
+        self._before = 0
+        self._due: str | None = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._before = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        plan = cast(StagedModule, pl_module).stage_plan
+        ended = dict(zip(plan.ends, plan.names, strict=True)).get(trainer.global_step)
+        if ended in self.names and trainer.global_step > self._before:  # a batch that only accumulates makes no step
+            self._due = ended
+            if not (trainer.is_last_batch or _validates_next(trainer)):
+                self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_last_batch:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if self._due is not None:
+            name, self._due = self._due, None
+            trainer.save_checkpoint(self.folder / stage_file(name))
+
+
+def stage_file(stage: str) -> str:
+    """The name, among a run's checkpoints, of the one at the end of a stage."""
+    return f"stage-{stage}.ckpt"
 
 
 class BestCheckpoint(ModelCheckpoint):

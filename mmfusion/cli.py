@@ -1,6 +1,7 @@
 """The `mmfusion` command. Each verb is one thing a user does; `fit` is LightningCLI and takes every --dotted.option."""
 
 import argparse
+import dataclasses
 import difflib
 import errno
 import os
@@ -26,6 +27,7 @@ def main() -> None:
     """Runs a verb. A user's mistake is one message and exit code 2; MMFUSION_TRACEBACK=1 shows where it was found."""
     verbs: dict[str, Callable[[list[str]], None]] = {
         "train": train, "fit": fit, "data": data, "eval": evaluate, "compare": compare, "mine": mine,
+        "study": study,
     }  # fmt: skip
     verb, rest = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
     if verb not in verbs:
@@ -261,6 +263,51 @@ def compare(argv: list[str]) -> None:
     print_comparison(comparison)
     beside = next(run for run in options.runs if run.is_dir())
     print(f"page: {write_comparison(comparison, options.out or beside / 'comparison.html')}")
+
+
+def study(argv: list[str]) -> None:
+    """Trains the arms of a study that are not done yet and writes their report; exit code 1 where one failed."""
+    parser = _parser(
+        "study",
+        study="file in experiments/studies, or the path of one!",
+        data="folder of shards",
+        seeds="how many, from 1 on; or which, as in 1,4,7",
+        jobs="runs at a time",
+        encoders="encoders overlay; the study's own without",
+    )
+    parser.add_argument("--report-only", action="store_true", help="of what there is, without training")
+    parser.set_defaults(data=str(DEMO), seeds="3", jobs="1")
+    options, rest = parser.parse_known_args(argv)
+    from mmfusion.study.definition import read_study  # noqa: PLC0415
+    from mmfusion.study.jobs import Plan  # noqa: PLC0415
+    from mmfusion.study.runner import run_and_report  # noqa: PLC0415
+
+    given = Path(options.study)
+    path = given if given.suffix == ".yaml" else _named(EXPERIMENTS / "studies", options.study, "STUDY")
+    definition = read_study(path)
+    if options.encoders:
+        _named(EXPERIMENTS / "encoders", options.encoders, "ENCODERS")
+        definition = dataclasses.replace(definition, encoders=options.encoders)
+    folder, side_by_side = Path("runs/studies") / definition.name, _count("JOBS", options.jobs)
+    plan = Plan(definition, folder, options.data, _seeds(options.seeds), tuple(rest))
+    if Path(options.data) == DEMO:
+        importer("demo")(DEMO)
+    sys.exit(run_and_report(plan, side_by_side, options.report_only))
+
+
+def _seeds(given: str) -> tuple[int, ...]:
+    if "," not in given:
+        return tuple(range(1, _count("SEEDS", given) + 1))
+    seeds = tuple(_count("SEEDS", part) for part in given.split(",") if part.strip())
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"SEEDS={given} names a seed twice")
+    return seeds
+
+
+def _count(name: str, given: str) -> int:
+    if not given.strip().isdecimal() or int(given) < 1:
+        raise ValueError(f"{name}={given}: expected a whole number from 1 on")
+    return int(given)
 
 
 def _data_of(run: Path) -> "RetrievalData":

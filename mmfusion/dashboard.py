@@ -1,7 +1,7 @@
 """A run folder's evaluation in Weights & Biases: the numbers, tables, photos and plots of its report, natively.
 
 Summary   final/<split>/<view>/<metric>; final/primary, by which runs sort; val/primary, by which sweeps choose
-Tables    results/<split>, slices/<split>, examples/<split>
+Tables    results/<split>, slices/<split>, examples/<split>; of fused runs gates and exclusive/<split>
 Plots     charts/views/<split>, charts/calibration/<split>, charts/slices/<split>/<slice>
 experiments/dashboard.py lays them out.
 
@@ -13,7 +13,7 @@ import contextlib
 import io
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from mmfusion.retrieval.report import View, splits
 
 RESULT_COLUMNS = ("view", "metric", "value", "low", "high")
 SLICE_COLUMNS = ("slice", "group", "view", "metric", "queries", "value", "low", "high")  # group: a value of the slice
+GATE_COLUMNS = ("slice", "group", "gate", "products", "mean", "std")  # of the head's weights, over products
+EXCLUSIVE_COLUMNS = ("labels", "label", "share", "share of first", "per query", "products")  # of exclusive matches
 
 
 def log_evaluation(run: Any, folder: Path, best: float | None = None) -> None:
@@ -42,6 +44,8 @@ def log_evaluation(run: Any, folder: Path, best: float | None = None) -> None:
     with _photos_kept_in(Path(run.dir).parent):
         for split in splits(records.results):
             run.log(_tables(records, split) | _charts(records.results, split))
+        if rows := gate_rows(records.results.get("gates", {}).get("slices", {})):
+            run.log({"gates": _table(GATE_COLUMNS, rows)})
     if (folder / "report.html").is_file():
         # A file of the run: an artifact would be versioned, wandb.Html load its megabytes with every workspace. Copied,
         # as `save` would link to it, and a link breaks when an offline run is synced from elsewhere.
@@ -67,16 +71,41 @@ def final_values(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _tables(records: Records, split: str) -> dict[str, Any]:
-    from wandb import Table  # noqa: PLC0415  (it takes a second, and only runs that log to it need it)
-
     columns, examples = _examples(records, split)
     tables = {
-        f"results/{split}": Table(list(RESULT_COLUMNS), result_rows(records.results[split])),
-        f"examples/{split}": Table(list(columns), examples),
+        f"results/{split}": _table(RESULT_COLUMNS, result_rows(records.results[split])),
+        f"examples/{split}": _table(columns, examples),
     }
     if slices := records.results.get("slices", {}).get(split):
-        tables[f"slices/{split}"] = Table(list(SLICE_COLUMNS), slice_rows(slices))
+        tables[f"slices/{split}"] = _table(SLICE_COLUMNS, slice_rows(slices))
+    if exclusive := records.results.get("exclusive", {}).get(split):
+        tables[f"exclusive/{split}"] = _table(EXCLUSIVE_COLUMNS, exclusive_rows(exclusive))
     return tables
+
+
+def _table(columns: Sequence[str], rows: list[list[Any]]) -> Any:
+    from wandb import Table  # noqa: PLC0415  (it takes a second, and only runs that log to it need it)
+
+    return Table(list(columns), rows)
+
+
+def gate_rows(slices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[list[Any]]:
+    """Rows of GATE_COLUMNS."""
+    return [
+        [name, group, gate, cell["products"], mean, cell["std"][gate]]
+        for name, groups in slices.items()
+        for group, cell in groups.items()
+        for gate, mean in cell["mean"].items()
+    ]
+
+
+def exclusive_rows(found: Mapping[str, Any]) -> list[list[Any]]:
+    """Rows of EXCLUSIVE_COLUMNS."""
+    return [
+        [column, label, shares["exclusive"], shares["first"], found["per_query"]["value"], found["products"]]
+        for column, labels in found["labels"].items()
+        for label, shares in labels.items()
+    ]
 
 
 def result_rows(views: Mapping[str, View]) -> list[list[Any]]:

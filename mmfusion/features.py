@@ -1,10 +1,11 @@
 """From a batch to unit vectors: towers, memos of frozen encoders, micro-batches, modality dropout."""
 
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
@@ -12,7 +13,9 @@ from mmfusion.batch import ProductBatch, QueryBatch
 from mmfusion.cached import in_micro_batches
 from mmfusion.encoders import Encoded, ImageEncoder, TextEncoder
 from mmfusion.encoders.augment import uniforms
-from mmfusion.memo import FeatureMemo, in_parts, keeps, photo_keys, rows_of, token_keys
+from mmfusion.feature_cache import Stored
+from mmfusion.memo import FeatureMemo, encode_photos, encode_texts, in_parts, keeps, rows_of
+from mmfusion.ranks import checksum
 from mmfusion.towers import MODALITIES, ProductTower, QueryTower, View
 
 GATE = "gates/"
@@ -20,6 +23,9 @@ GATE = "gates/"
 
 class Features:
     """The towers with their memos: vectors of queries and products, frozen encoders run once per text or photo and run.
+
+    What an encoder gives is read from its `stored` outputs where it has some (mmfusion/feature_cache) and is frozen,
+    else from its memo; both hold the same, bit for bit.
 
     Args:
         query, product: the towers
@@ -34,13 +40,28 @@ class Features:
         keep_tokens = product.fusion is not None and product.fusion.needs_tokens
         views = [view for view in (query, product.text, product.image) if view is not None]
         self.memos = {view.encoder: FeatureMemo(keep_tokens, limit_gib) for view in views}
+        self.keep_tokens, self.limit_gib = keep_tokens, limit_gib
+        self.stored: dict[str, Stored] = {}  # by side: query, text, image
+        self._stored_of: dict[str, Tensor] = {}  # the checksum of the weights that made it
+
+    @property
+    def encoders(self) -> dict[str, TextEncoder | ImageEncoder]:
+        """By side: query, and text and image of the product, those that there are. Sides may share one."""
+        views = {"query": self.query, "text": self.product.text, "image": self.product.image}
+        return {side: view.encoder for side, view in views.items() if view is not None}
+
+    def use(self, side: str, stored: Stored | None) -> None:
+        """From now on reads what the side's encoder, as it is, gives from `stored`; None: computes it."""
+        self.stored.pop(side, None)
+        if stored is not None:
+            self.stored[side], self._stored_of[side] = stored, _weights(self.encoders[side])
 
     def queries(self, batch: QueryBatch) -> Float[Tensor, "query dim"]:
         """Unit vectors of queries."""
         encoder = cast(TextEncoder, self.query.encoder)
-        kept = self._texts(encoder, batch.text) if keeps(encoder) else None
+        kept = self._asked(batch) if self._reads("query") or keeps(encoder) else None
         if not self.query.training:
-            parts = in_parts({"query": kept or self._texts(encoder, batch.text)}, len(batch.text))
+            parts = in_parts({"query": kept or self._asked(batch)}, len(batch.text))
             return torch.cat([self.query.project(part["query"]).pooled[:rows] for part, _, rows in parts])
 
         def vectors(rows: slice) -> Float[Tensor, "query dim"]:
@@ -57,7 +78,8 @@ class Features:
         the whole batch: a micro-batch that is computed again must not encode again what did not fit into the memo.
         """
         modalities = [name for name in MODALITIES if {name, "fused"} & names]
-        kept = {name: self._encoded(name, batch) for name in modalities if keeps(self._encoder(name))}
+        frozen = [name for name in modalities if self._reads(name) or keeps(self._encoder(name))]
+        kept = {name: self._encoded(name, batch) for name in frozen}
         with_gates = with_gates and "fused" in names
 
         def vectors(rows: slice) -> dict[str, Tensor]:
@@ -76,15 +98,7 @@ class Features:
 
     def evaluated(self, batch: ProductBatch, names: set[str]) -> dict[str, Float[Tensor, "product dim"]]:
         """The views `names` as an evaluation sees them: to the last bit the same in whatever batch."""
-        encoded = {name: self._encoded(name, batch) for name in MODALITIES if {name, "fused"} & names}
-        parts = [
-            {
-                view: rows[:count]
-                for view, rows in self.product.vectors(self.product.project(part), names, batch.present[index]).items()
-            }
-            for part, index, count in in_parts(encoded, len(batch.present))
-        ]
-        return {view: torch.cat([part[view] for part in parts]) for view in parts[0]}
+        return self._in_parts(batch, names, {}, with_gates=False)
 
     @torch.no_grad()
     def _gates(self, projected: dict[str, Encoded], visible: Bool[Tensor, "product 2"]) -> dict[str, Tensor]:
@@ -96,21 +110,40 @@ class Features:
         return cast(View, getattr(self.product, name)).encoder
 
     def _encoded(self, name: str, batch: ProductBatch) -> Encoded:
-        """What the encoder of a modality gives, by way of its memo where it is frozen."""
+        """What the encoder of a modality gives, as it is stored, or by way of its memo where it is frozen."""
         encoder = self._encoder(name)
+        if self._reads(name):
+            return self._read(name, batch.id)
+        assert batch.shown, f"a batch without content, and no stored outputs of product.{name}.encoder"
         if isinstance(encoder, TextEncoder):
-            return self._texts(encoder, batch.text)
-        keys = photo_keys(batch.photo) if keeps(encoder) else range(len(batch.photo))
-        return self.memos[encoder](encoder, keys, lambda rows: encoder(batch.photo[rows], batch.draw[rows]))
+            return encode_texts(self.memos[encoder], encoder, batch.text)
+        return encode_photos(self.memos[encoder], encoder, batch.photo, batch.draw)
 
-    def _texts(self, encoder: TextEncoder, texts: list[str]) -> Encoded:
-        contents = partial(token_keys, encoder)
-        return self.memos[encoder](encoder, texts, lambda rows: encoder([texts[i] for i in rows]), contents)
+    def _asked(self, batch: QueryBatch) -> Encoded:
+        """The same of queries."""
+        encoder = cast(TextEncoder, self.query.encoder)
+        if self._reads("query"):
+            return self._read("query", batch.id)
+        return encode_texts(self.memos[encoder], encoder, batch.text)
+
+    def _reads(self, side: str) -> bool:
+        """Whether its outputs are read; a stage that trains the encoder has taken them away (FeatureCache.enter).
+
+        Without a look at all parameters, which takes as long as to read a small batch.
+        """
+        return side in self.stored and not self.encoders[side].training
+
+    def _read(self, side: str, ids: Int[Tensor, "row"]) -> Encoded:
+        encoded = self.stored[side](ids.cpu())
+        return Encoded(*(getattr(encoded, part.name).to(ids.device, non_blocking=True) for part in fields(Encoded)))
 
     def sync(self) -> None:
         """Forgets what other weights have made. Called wherever weights may have changed: stages, evaluations."""
         for encoder, memo in self.memos.items():
             memo.sync(encoder)
+        for side in list(self.stored):
+            if not torch.equal(self._stored_of[side], _weights(self.encoders[side])):
+                self.use(side, None)
 
     def release(self) -> None:
         """Forgets, after an evaluation, what encoders gave that will be trained on."""
@@ -118,11 +151,39 @@ class Features:
             if any(p.requires_grad for p in encoder.parameters()):
                 memo.clear()
 
+    def examined(
+        self, batch: ProductBatch, names: set[str], visible: Mapping[str, Bool[Tensor, "product 2"]]
+    ) -> tuple[dict[str, Float[Tensor, "product dim"]], dict[str, Float[Tensor, "product"]]]:
+        """What `evaluated` gives, with the view fused once more by each name of `visible`, and the head's gates.
+
+        visible: what that view may see of what is present. The encoders run once. `names` has the view `fused`.
+        """
+        found = self._in_parts(batch, names, visible, with_gates=True)
+        gates = {name.removeprefix(GATE): found.pop(name) for name in list(found) if name.startswith(GATE)}
+        return found, gates
+
+    def _in_parts(
+        self, batch: ProductBatch, names: set[str], visible: Mapping[str, Bool[Tensor, "product 2"]], with_gates: bool
+    ) -> dict[str, Tensor]:
+        """The views `names`, those of `visible`, and the gates."""
+        encoded = {name: self._encoded(name, batch) for name in MODALITIES if {name, "fused"} & names}
+        parts = []
+        for part, index, count in in_parts(encoded, len(batch.present)):
+            projected, present = self.product.project(part), batch.present[index]
+            found = self.product.vectors(projected, names, present)
+            found |= {name: self.product.fuse(projected, seen[index]) for name, seen in visible.items()}
+            found |= self._gates(projected, present) if with_gates else {}
+            parts.append({name: rows[:count] for name, rows in found.items()})
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _weights(encoder: nn.Module) -> Tensor:
+    return checksum([*encoder.parameters(), *encoder.buffers()]).cpu()
+
 
 def part_of(batch: ProductBatch, rows: slice) -> ProductBatch:
-    return ProductBatch(
-        batch.text[rows], batch.photo[rows], batch.present[rows], batch.id[rows], batch.draw[rows], batch.valid[rows]
-    )
+    text, photo, present = batch.text[rows], batch.photo[rows], batch.present[rows]
+    return ProductBatch(text, photo, present, batch.id[rows], batch.draw[rows], batch.valid[rows], batch.shown)
 
 
 def after_dropout(batch: ProductBatch, probability: float) -> Bool[Tensor, "product 2"]:

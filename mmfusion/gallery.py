@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from mmfusion.retrieval.examples import FIRST_PRODUCTS, choose, held_against, main_metric, shown_at_first
+from mmfusion.retrieval.exclusive import TITLE
 from mmfusion.retrieval.records import Records, part
 
 Product = tuple[str, bytes | None]  # caption, JPEG
@@ -19,6 +20,8 @@ def example_queries(records: Records, split: str) -> dict[str, str]:
     for title, rows in chosen.galleries(primary, against).items():
         for row in rows:
             found.setdefault(tables[0]["query_id"][row].as_py(), []).append(title)
+    for query in records.results.get("exclusive", {}).get(split, {}).get("most", []):
+        found.setdefault(query, []).append(TITLE)
     return {query: ", ".join(titles) for query, titles in found.items()}
 
 

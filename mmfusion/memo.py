@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from torch import Tensor, nn
 
-from mmfusion.encoders import Encoded, TextEncoder
+from mmfusion.encoders import Encoded, ImageEncoder, TextEncoder
 from mmfusion.encoders.augment import splitmix64
 from mmfusion.encoders.text import steps
 from mmfusion.ranks import checksum
@@ -73,10 +74,10 @@ class FeatureMemo:
             with torch.no_grad():
                 fresh = self._encoded(first, encode)
             if not self._keep(list(first), fresh):
-                return self._joined([content.get(key, key) for key in keys], list(first), fresh)
+                return _cut(self._joined([content.get(key, key) for key in keys], list(first), fresh))
         self.slot.update((key, self.slot[same]) for key, same in content.items())
         assert self.kept is not None
-        return _pick(self.kept, [self.slot[key] for key in keys])
+        return _cut(_pick(self.kept, [self.slot[key] for key in keys]))
 
     def _encoded(self, first: dict[Key, int], encode: Callable[[list[int]], Encoded]) -> Encoded:
         """In batches of ROWS of one padded length, the last one filled up: products of other shapes round otherwise."""
@@ -89,11 +90,8 @@ class FeatureMemo:
         for group in groups:
             some = [rows[place] for place in group]
             parts.append(rows_of(self._shorten(encode(_filled(some))), slice(len(some))))
-        length = max(part.mask.shape[1] for part in parts)
-        longest = [_lengthen(part, length) for part in parts]
-        joined = Encoded(*(torch.cat([getattr(part, f.name) for part in longest]) for f in fields(Encoded)))
         order = torch.tensor([place for group in groups for place in group])
-        return _pick(joined, order.argsort().tolist())
+        return _pick(joined(parts), order.argsort().tolist())
 
     def _joined(self, keys: Sequence[Key], missing: list[Key], fresh: Encoded) -> Encoded:
         """Rows that are kept, and fresh ones that could not be, in the batch's order."""
@@ -155,6 +153,23 @@ def in_parts(encoded: dict[str, Encoded], count: int) -> Iterator[tuple[dict[str
         yield part, torch.tensor(filled), len(rows)
 
 
+def encode_texts(memo: FeatureMemo, encoder: TextEncoder, texts: list[str]) -> Encoded:
+    """What an encoder makes of texts, by way of its memo: of equal tokens the same, to the bit, in whatever batch."""
+    contents = partial(token_keys, encoder)
+    return memo(encoder, texts, lambda rows: encoder([texts[i] for i in rows]), contents)
+
+
+def encode_photos(
+    memo: FeatureMemo,
+    encoder: ImageEncoder,
+    photo: UInt8[Tensor, "product 3 height width"],
+    draw: Int[Tensor, "product"],
+) -> Encoded:
+    """The same of photos."""
+    keys = photo_keys(photo) if keeps(encoder) else range(len(photo))
+    return memo(encoder, keys, lambda rows: encoder(photo[rows], draw[rows]))
+
+
 def _filled(rows: list[int]) -> list[int]:
     """ROWS rows, the first one again and again after the last."""
     return rows + rows[:1] * (ROWS - len(rows))
@@ -186,6 +201,22 @@ def _pick(encoded: Encoded, rows: list[int]) -> Encoded:
 
 def rows_of(encoded: Encoded, rows: slice) -> Encoded:
     return Encoded(encoded.pooled[rows], encoded.tokens[rows], encoded.mask[rows])
+
+
+def joined(parts: Sequence[Encoded]) -> Encoded:
+    """One after the other, the token axis as long as the longest part's."""
+    length = max(part.mask.shape[1] for part in parts)
+    longest = [_lengthen(part, length) for part in parts]
+    return Encoded(*(torch.cat([getattr(part, f.name) for part in longest]) for f in fields(Encoded)))
+
+
+def _cut(encoded: Encoded) -> Encoded:
+    """The token axis as long as the longest row: what is computed from it depends on no other batch, to the bit."""
+    if not encoded.mask.shape[1]:
+        return encoded
+    real = encoded.mask.any(0).nonzero()
+    length = int(real.max()) + 1 if len(real) else 0
+    return Encoded(encoded.pooled, encoded.tokens[:, :length], encoded.mask[:, :length])
 
 
 def _bytes_per_row(encoded: Encoded) -> int:

@@ -69,6 +69,7 @@ class MiningModule(RetrievalModule):
     iteration: int
     name: str
     without_positive: int
+    examines = False
 
     def setup(self, stage: str) -> None:
         """Raises ValueError, before anything is encoded, where the order cannot be carried out on these data."""

@@ -9,19 +9,26 @@ from typing import Any, Literal, cast
 import torch
 from jaxtyping import Float, Int
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmfusion import optim as optimisation
 from mmfusion.batch import ProductBatch, QueryBatch, RetrievalData, TupleBatch
+from mmfusion.branch import COURSE, Branch, course, stage_courses
 from mmfusion.contract import refuse_another_run
 from mmfusion.encoders import ImageEncoder, ScratchTextEncoder, TextEncoder
+from mmfusion.feature_cache import CacheOptions
+from mmfusion.feature_cache.cache import FeatureCache
+from mmfusion.feature_cache.uses import Use, sides_used, spans, without_content
 from mmfusion.features import Features, after_dropout
 from mmfusion.fusion import FusionHead, Gated
 from mmfusion.optim import Optim
 from mmfusion.reach import reached
-from mmfusion.retrieval.collected import QUERY, Collected, collect, measured_views, with_dims
+from mmfusion.retrieval.collected import QUERY, Collected, collect, measured_views, vectors_of, with_dims
 from mmfusion.retrieval.evaluation import VALIDATION, Evaluation, ViewResult, add_baselines
+from mmfusion.retrieval.examination import Examination
 from mmfusion.retrieval.examples import main_metric
+from mmfusion.retrieval.gates import Weights
+from mmfusion.retrieval.score_fusion import add_score_fusion
 from mmfusion.retrieval.slices import find_columns
 from mmfusion.retrieval.topk import tie_ranks
 from mmfusion.stages import Group, Stage, StagedModule, StagePlan
@@ -53,7 +60,8 @@ class RetrievalModule(StagedModule):
         losses: the loss of each term
         modality_dropout: probability that the fused term sees a product without its text or without its photo
         optim: AdamW's options
-        memo_gib: GiB that the kept outputs of each frozen encoder may take
+        memo_gib: GiB that the kept outputs of each frozen encoder may take in memory, of those that are not on disk
+        cache: outputs of frozen encoders on disk
         micro_batch: rows (queries, or products) that go through the towers at a time in training, with the activation
             memory of so many and a second forward pass; the losses see the whole batch, BatchNorm only so many rows.
             None: all at once
@@ -62,6 +70,8 @@ class RetrievalModule(StagedModule):
         zero_shot: evaluate before training too; needs linear projections between equal sizes
         seed: seed of dropout; the command line sets it to seed_everything
     """
+
+    examines = True  # a test asks for more than rankings: see Examination
 
     def __init__(
         self,
@@ -78,6 +88,7 @@ class RetrievalModule(StagedModule):
         modality_dropout: float = 0.0,
         optim: Optim = Optim(),  # noqa: B008
         memo_gib: float = 4.0,
+        cache: CacheOptions = CacheOptions(),  # noqa: B008
         micro_batch: int | None = None,
         evaluation: Evaluation = Evaluation(),  # noqa: B008
         compile: str | None = None,
@@ -108,10 +119,17 @@ class RetrievalModule(StagedModule):
             self._check_zero_shot()
         self.assigned = optimisation.assign(self, groups, stages, SWITCHABLE)
         self.features = Features(self.query, self.product, memo_gib, micro_batch)
+        self.feature_cache = FeatureCache(self.features, cache, compile)
+        self._left_out = 0  # training steps below this one have batches without content
         self.contract: dict[str, Any] = {}
         self.collected: Collected = {}
         self.results: dict[str, dict[str, ViewResult]] = {}
         self.hybrid_weight: float | None = None
+        self.score_fusion_weight: float | None = None
+        self.examination: Examination | None = None
+        self.dropped: dict[str, dict[str, ViewResult]] = {}  # by split and by how many photos: the view fused
+        self.gate_weights: Weights = {}
+        self.branched_from: str | None = None  # the checkpoint of another run that this one began from
         self._failed: dict[str, set[str]] = {}  # per stage, reasons for which products failed
 
     # ---- construction ------------------------------------------------------------------------------------------------
@@ -207,23 +225,89 @@ class RetrievalModule(StagedModule):
         stage = self.stages[self.stage_plan.names[index]]
         rated = [n for n, group in self.assigned.items() if optimisation.rate_of(self.groups, stage, group) != "frozen"]
         terms = set(stage.losses.active())
+        batch = self._with_content(batch)
         within_reach = reached(self, self.query, self.product, self.losses, terms, batch)
         return [n for n in rated if n in within_reach], [n for n in rated if n not in within_reach]
 
     def on_stage(self, index: int) -> None:
         super().on_stage(index)
         self.features.sync()
+        uses = self._uses()
+        self.feature_cache.enter(uses[index].stage, uses[index].sides, self.trainer, self.data)
+        stored, encoders = set(self.features.stored), self.features.encoders
+        until = without_content(uses, index, self.stage_plan.ends, encoders, stored)
+        self._left_out = until if until > self.trainer.global_step else 0
+        self._leave_out(self._left_out > 0)
+
+    # ---- feature cache -----------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Raises ValueError, before the first step, where the run's features take more than their limit."""
+        self._leave_out(False)
+        uses = self._uses()
+        found = {side: spans(uses, side, encoder) for side, encoder in self.features.encoders.items()}
+        self.feature_cache.announce(found, self.trainer, self.data)
+
+    def on_validation_start(self) -> None:
+        self._leave_out(self.feature_cache.look(self.trainer, self.data))
+
+    def on_validation_end(self) -> None:
+        self._leave_out(self._left_out > 0)
+
+    def on_test_start(self) -> None:
+        self._left_out = 0
+        self._leave_out(self.feature_cache.look(self.trainer, self.data))
+
+    def _leave_out(self, known: bool) -> None:
+        """Whether batches have no content, from now on: in evaluation all, in training those before a step."""
+        self.data.leave_out(self.feature_cache.known() if known else None, self._left_out)
+
+    def _with_content(self, batch: TupleBatch) -> TupleBatch:
+        """The batch, or its first two tuples where it has none."""
+        if batch.product.shown:
+            return batch
+        product = self.data.products(batch.product.id[:2].cpu().numpy()).to(batch.product.id.device)
+        query = QueryBatch(batch.query.text[:2], batch.query.id[:2], batch.query.valid[:2])
+        return dataclasses.replace(batch, query=query, product=product)
+
+    def _uses(self) -> list[Use]:
+        """Of each stage, in order, as its losses and rates have it."""
+        names = {parameter: name for name, parameter in self.named_parameters()}
+
+        def trains(encoder: nn.Module, stage: Stage) -> bool:
+            groups = {self.assigned[names[parameter]] for parameter in encoder.parameters()}
+            return any(optimisation.rate_of(self.groups, stage, group) != "frozen" for group in groups)
+
+        uses = []
+        for name, stage in self.stages.items():
+            used = sides_used(sides(set(stage.losses.active())))
+            encoders = {self.features.encoders[side] for side in used}
+            uses.append(Use(name, used, {encoder for encoder in encoders if trains(encoder, stage)}))
+        return uses
 
     # ---- resuming ----------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["contract"] = self._contract()
+        checkpoint["contract"], checkpoint["branched_from"] = self._contract(), self.branched_from
+        stages = stage_courses(self.stages, self.groups, self.assigned)
+        checkpoint[COURSE] = course(self.stage_plan, stages, self, self.trainer.optimizers[0])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises ValueError where training would go on as another run: other model, stages, batch, seed or data."""
+        """Raises ValueError where training would go on as another run: other model, stages, batch, seed or data.
+
+        Of a run that branches off, what comes later may be another.
+        """
+        self.branched_from = checkpoint.get("branched_from")
         if self._trainer is None or self._trainer.state.fn != "fit":
             return
-        refuse_another_run(self._contract(), checkpoint.get("contract", {}))
+        callbacks = self._trainer.callbacks  # type: ignore[attr-defined]
+        branch = next((part for part in callbacks if isinstance(part, Branch)), None)
+        if branch is None:
+            refuse_another_run(self._contract(), checkpoint.get("contract", {}))
+            return
+        stages = stage_courses(self.stages, self.groups, self.assigned)
+        branch.take(checkpoint, self, self._contract(), stages, self.assigned)
+        self.branched_from = branch.path
 
     def _contract(self) -> dict[str, Any]:
         tables = {f"data.pairs.{name}": sha256 for name, sha256 in self.data.pair_tables_in_use().items()}
@@ -233,11 +317,13 @@ class RetrievalModule(StagedModule):
 
     def on_validation_epoch_start(self) -> None:
         self.features.sync()
-        self.collected = {name: {} for name in self.data.val_loaders}
+        self.collected, self.examination = {name: {} for name in self.data.val_loaders}, None
 
     def on_test_epoch_start(self) -> None:
         self.features.sync()
         self.collected = {name: {} for name in self.data.test_loaders}
+        examines = self.examines and "fused" in self.product.views
+        self.examination = Examination(self.data.product_ids(), self.evaluation.drop_photos) if examines else None
 
     def validation_step(self, batch: QueryBatch | ProductBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._collect(batch, dataloader_idx)
@@ -248,8 +334,12 @@ class RetrievalModule(StagedModule):
     def _collect(self, batch: QueryBatch | ProductBatch, loader: int) -> None:
         if isinstance(batch, QueryBatch):
             vectors = {QUERY: self.features.queries(batch)}
-        else:
+        elif self.examination is None:
             vectors = self.views(batch, set(self.product.views))
+        else:
+            visible = self.examination.visible(batch)
+            vectors, weights = self.features.examined(batch, set(self.product.views), visible)
+            self.examination.add(weights, batch)
         collectors = list(self.collected.values())[loader]
         collect(collectors, vectors, batch.id, batch.valid, self.evaluation.vectors)
 
@@ -257,7 +347,7 @@ class RetrievalModule(StagedModule):
         self._log_failures("val", "val")
         # validation decides which checkpoint is best: means do, and their intervals would be thrown away
         metrics = [name for name in VALIDATION if int(name.partition("@")[2] or 0) <= self.evaluation.depth]
-        self._evaluate(dataclasses.replace(self.evaluation, metrics=metrics), intervals=False)
+        self._evaluate(dataclasses.replace(self.evaluation, metrics=metrics, baselines=False), intervals=False)
         corpus = "" if self.data.val_corpus == "all" else f" in {self.data.val_corpus}"
         for split, views in self.results.items():
             for view, result in views.items():
@@ -275,9 +365,18 @@ class RetrievalModule(StagedModule):
             )
 
     def _evaluate(self, options: Evaluation, intervals: bool = True) -> Int[Tensor, "catalogue"]:
-        """Fills `results[split][view]`, equal on every rank; returns the order of ties."""
+        """Fills `results[split][view]` and `dropped`, equal on every rank; returns the order of ties."""
         tie = tie_ranks(self.data.product_ids())
-        self.results = measured_views(self.collected, self.searched, self.data, tie, options, intervals)
+        hidden = self.examination.hidden if self.examination else {}
+        vectors, views = vectors_of(self.collected), self.searched | dict.fromkeys(hidden)
+        self.results = measured_views(vectors, views, self.data, tie, options, intervals)
+        self.dropped = {split: {name: found.pop(name) for name in hidden} for split, found in self.results.items()}
+        self.gate_weights = self.examination.weights() if self.examination else {}
+        if options.baselines and self.results:
+            judged = {split: self.data.judgments(split) for split in self.results}
+            self.score_fusion_weight = add_score_fusion(
+                self.results, vectors.corpus, vectors.queries, judged, tie, options, self.score_fusion_weight
+            )
         self.features.release()
         return tie
 

@@ -35,10 +35,12 @@ def leave(
         "primary": model.primary,
         "left_out": _left_out(model),
         "hybrid_weight": model.hybrid_weight,
+        "score_fusion_weight": model.score_fusion_weight,
         "evaluation": {name: getattr(model.evaluation, name) for name in TOLD},
     }
     write_results(folder / "results.json", results)  # the numbers first: what explains them may fail, or take long
-    results |= breakdown(model.results, data, model.evaluation, [*model.product.views, "bm25"])
+    views = [*model.product.views, "bm25"]
+    results |= breakdown(model.results, data, model.evaluation, views, model.dropped, model.gate_weights)
     write_results(folder / "results.json", results)
     records.write(folder, model.results, model.primary, data, model.evaluation.photos_mib)
     report = write_report(folder)

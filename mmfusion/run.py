@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import difflib
 import shutil
 import warnings
 from argparse import ArgumentError
@@ -18,7 +19,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 
 from mmfusion.batch import RetrievalData
-from mmfusion.checkpoints import BestCheckpoint, LastCheckpoint, WholeFiles, best_of
+from mmfusion.branch import Branch
+from mmfusion.checkpoints import BestCheckpoint, LastCheckpoint, StageCheckpoints, WholeFiles, best_of
 from mmfusion.contract import contract
 from mmfusion.dashboard import final_values, log_evaluation
 from mmfusion.environment import MadeWith, commit
@@ -81,6 +83,12 @@ class FusionCLI(LightningCLI):
         parser.add_argument(
             "--checkpoint_steps", type=int | None, default=None, help="steps between checkpoints; one an epoch without"
         )
+        parser.add_argument(
+            "--checkpoint_stages", type=list[str], default=[], help="stages to keep a checkpoint of the end of"
+        )
+        parser.add_argument(
+            "--branch", type=str | None, default=None, help="checkpoint at the end of a stage for a new run to begin at"
+        )
         parser.add_argument("--wandb", type=Wandb, default=Wandb(), help="Weights & Biases")
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
@@ -90,11 +98,34 @@ class FusionCLI(LightningCLI):
         """The options as config.yaml and loggers hold them: it runs again as it is, from the start, where the
         environment has what opens an address; of a command (pipe:) it keeps the first word alone."""
         config = self.config.clone()
-        config.resume = None
+        config.resume = config.branch = None
         for key, value in list(config.items()):
             config[key] = all_shown(value)
         config.data.init_args.path = self.datamodule.address
         return self.parser.dump(config, skip_unset=False)
+
+    def before_instantiate_classes(self) -> None:
+        """Raises ValueError or FileNotFoundError where no such stage, or no such checkpoint, is there."""
+        if self.run_folder is None:
+            return
+        stages, branch = list(self.config.model.stages), self.config.branch
+        for name in self.config.checkpoint_stages:
+            if name not in stages:
+                near = difflib.get_close_matches(name, stages, 1)
+                raise ValueError(
+                    f"--checkpoint_stages names {name!r}; model.stages has {', '.join(stages)}"
+                    + (f". Did you mean {near[0]}?" if near else "")
+                )
+        if self.begins_from and not Path(branch).is_file():
+            raise FileNotFoundError(
+                f"--branch={branch} is no checkpoint: those are runs/<exp>/<version>/checkpoints/stage-<name>.ckpt of "
+                "a run with --checkpoint_stages"
+            )
+
+    @property
+    def begins_from(self) -> str | None:
+        """The checkpoint that a new run branches off from; a run that is resumed is past that."""
+        return self.config.branch if self.config.resume is None else None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         for name, (kept, why) in DECIDED.items():
@@ -110,7 +141,9 @@ class FusionCLI(LightningCLI):
             callbacks.append(RunProgress())
         if self.run_folder is not None:
             folder = self.run_folder / "checkpoints"
-            callbacks += [BestCheckpoint(folder), LastCheckpoint(folder, self.config.checkpoint_steps)]
+            callbacks += [Branch(self.begins_from)] if self.begins_from else []
+            callbacks += [BestCheckpoint(folder), StageCheckpoints(folder, self.config.checkpoint_stages)]
+            callbacks += [LastCheckpoint(folder, self.config.checkpoint_steps)]
             callbacks += [MadeWith(self.run_folder, self.resolved())]
             kwargs["logger"] = make_loggers(self.run_folder, self.config_init.wandb)
         self.trainer_defaults["callbacks"] = callbacks
@@ -120,7 +153,7 @@ class FusionCLI(LightningCLI):
 
 
 def fit_and_evaluate(cli: FusionCLI) -> None:
-    """Trains (or goes on from `--resume`), evaluates with the best checkpoint, writes and prints the results.
+    """Trains (on from `--resume` or `--branch`, where given), evaluates the best checkpoint, writes and prints results.
 
     A run that fails before its first step leaves no folder behind.
     """
@@ -131,7 +164,7 @@ def fit_and_evaluate(cli: FusionCLI) -> None:
     with _nothing_half_written(run, cli.trainer):
         if model.zero_shot and resume is None:
             _zero_shot(cli)
-        cli.trainer.fit(model, cli.datamodule, ckpt_path=resume, weights_only=True)
+        cli.trainer.fit(model, cli.datamodule, ckpt_path=resume or cli.begins_from, weights_only=True)
     checkpoint = best_of(run)
     cli.trainer.test(model, cli.datamodule, ckpt_path=str(checkpoint), weights_only=True, verbose=False)
     if cli.trainer.is_global_zero:
@@ -168,13 +201,13 @@ def _about(
         "data": address if ":" in address else str(Path(address).resolve()),
         "checkpoint": str(checkpoint),
         "gains": cli.datamodule.gains,
-    }
+    } | ({} if cli.model.branched_from is None else {"branched_from": shown(cli.model.branched_from)})
 
 
 def _zero_shot(cli: FusionCLI) -> None:
     """Every view before any training: what the encoders reach as they come. Kept for the report of a resumed run."""
-    options = cli.model.evaluation
-    cli.model.evaluation = dataclasses.replace(options, baselines=False)  # they come once, with the trained run
+    options = cli.model.evaluation  # baselines and hidden photos come once, with the trained run
+    cli.model.evaluation = dataclasses.replace(options, baselines=False, drop_photos=[])
     cli.trainer.test(cli.model, cli.datamodule, verbose=False)
     cli.model.evaluation = options
     if cli.trainer.is_global_zero:
@@ -188,10 +221,12 @@ def _zero_shot(cli: FusionCLI) -> None:
 @contextlib.contextmanager
 def _nothing_half_written(run: Path, trainer: Trainer) -> Iterator[None]:
     existed = run.exists()
+    branches = [part for part in trainer.callbacks if isinstance(part, Branch)]  # type: ignore[attr-defined]
     try:
         yield
     except BaseException:
-        if not existed and trainer.global_step == 0 and trainer.is_global_zero:
+        began = max((branch.step for branch in branches), default=0)
+        if not existed and trainer.global_step <= began and trainer.is_global_zero:
             shutil.rmtree(run, ignore_errors=True)
             with contextlib.suppress(OSError):  # its empty parents; others' runs keep them
                 run.parent.rmdir()
@@ -212,7 +247,7 @@ def evaluate_run(
     config, checkpoint = config_of(run), best_of(run)
     overrides = [f"--data.init_args.test_splits=[{split}]"] + ([f"--data.init_args.path={data}"] if data else [])
     cli = FusionCLI.parse([f"--config={config}", *overrides, *rest], None)
-    cli.model.hybrid_weight = _hybrid_weight(run)
+    cli.model.hybrid_weight, cli.model.score_fusion_weight = _chosen_weights(run)
     cli.trainer.test(cli.model, cli.datamodule, ckpt_path=str(checkpoint), weights_only=True, verbose=False)
     if cli.trainer.is_global_zero:
         folder = out or run / "eval" / f"{cli.datamodule.manifest_hash[:12]}-{split}"
@@ -230,10 +265,11 @@ def config_of(run: Path) -> Path:
     return config
 
 
-def _hybrid_weight(run: Path) -> float | None:
-    """The weight of BM25 that the run chose on its val queries."""
+def _chosen_weights(run: Path) -> tuple[float | None, float | None]:
+    """The weights of BM25 in hybrid_sum and of the text in score_fusion that the run chose on its val queries."""
     results = run / "results.json"
-    return read_results(results)["run"].get("hybrid_weight") if results.is_file() else None
+    chosen = read_results(results)["run"] if results.is_file() else {}
+    return chosen.get("hybrid_weight"), chosen.get("score_fusion_weight")
 
 
 def data_of(run: Path) -> RetrievalData:

@@ -15,9 +15,10 @@ from datamodules.photos.decode import PhotoError, decode_photo
 from datamodules.plan import chosen, draws, points
 from datamodules.shards import Sample, ShardError, Shards
 from datamodules.stream.failures import Failed
+from datamodules.stream.judgments import TrainJudgments
 from datamodules.stream.pairs import PairOptions, ScoresOfProducts
 from datamodules.stream.photo_cache import PhotoCache
-from datamodules.stream.substitutes import TRIES, substitutes
+from datamodules.stream.substitutes import no_substitute, substitutes
 from mmfusion.batch import Judged, ProductBatch, QueryBatch, TupleBatch
 
 GROUP = 32  # samples that are read before their photos are decoded: each kind of work finds the caches as it left them
@@ -44,6 +45,17 @@ class Request:
     @property
     def draw(self) -> Int64[np.ndarray, "tuple"]:
         return draws(self.seed, self.epoch, self.product)
+
+    def part(self, rows: Int64[np.ndarray, "row"], block: int | None, start: int) -> "Request":
+        """The share of these rows, that begins at row `start` of the batch's block."""
+        return Request(
+            self.seed, self.epoch, self.product[rows], self.number[rows], self.slots[rows], block=block, start=start
+        )
+
+    def instead(self, product: Int64[np.ndarray, "tuple"]) -> "Request":
+        """The request that asks for these products: the slot of a substitute is the only one of one."""
+        own = product == self.product
+        return replace(self, product=product, number=self.number * own, slots=np.where(own, self.slots, 1))
 
 
 @dataclass(frozen=True)
@@ -84,28 +96,37 @@ class Reader:
     def prepare(self) -> None:
         """Reads what tuples need besides samples, so that forked workers share it. Raises ValueError (see pairs.py)."""
         if self.pairs.hard_negatives:
-            _ = self._candidates
-        _ = self._scored
+            _ = self.candidates
+        _ = self.scored
+
+    # ---- what is drawn from, read when it is first needed ------------------------------------------------------------
 
     @cached_property
-    def _rarity(self) -> np.ndarray:
+    def rarity(self) -> np.ndarray:
         """Weight of each query: one with many positives would otherwise be drawn in proportion to them."""
         return np.maximum(self.shards.queries.positives, 1).astype(np.float64) ** -self.damping
 
     @cached_property
-    def _trainable(self) -> np.ndarray:
+    def trainable(self) -> np.ndarray:
         return np.flatnonzero(self.shards.index.trainable)
 
     @cached_property
-    def _candidates(self) -> Candidates:
+    def candidates(self) -> Candidates:
         return self.pairs.candidates(self.shards)
 
     @cached_property
-    def _scored(self) -> dict[str, ScoresOfProducts]:
+    def scored(self) -> dict[str, ScoresOfProducts]:
         return self.pairs.scored(self.shards)
 
+    @cached_property
+    def judgments(self) -> TrainJudgments:
+        """What the samples say of queries, for those who do not read them."""
+        return TrainJudgments.of(self.shards, self.rarity)
+
+    # ---- batches -----------------------------------------------------------------------------------------------------
+
     def queries(self, ids: Int64[np.ndarray, "query"]) -> QueryBatch:
-        texts = [str(text) for text in self.shards.queries.query[ids]]
+        texts = self.shards.queries.query[ids].tolist()
         return QueryBatch(texts, torch.from_numpy(ids), torch.ones(len(ids), dtype=torch.bool))
 
     def products(
@@ -131,7 +152,7 @@ class Reader:
         read = self._read(request.product, own, failed)
         shown = [one or self._substitute(request, row, own[row], failed) for row, one in enumerate(read)]
         samples = [one.sample for one in shown]
-        request = _with_substitutes(request, samples)
+        request = request.instead(np.array([sample.id for sample in samples], dtype=np.int64))
         where = points(request.draw, request.number, request.slots).tolist()
         query = np.array([self._query(*row) for row in zip(samples, where, strict=True)], dtype=np.int64)
         product, source, others = self._negatives(request, query, beside, failed)
@@ -140,7 +161,7 @@ class Reader:
             query=self.queries(query),
             product=self._products(product, draws(request.seed, request.epoch, product), shown, None),
             judged=self._judged([one.sample for one in shown]),
-            scores={name: scored.listed(product) for name, scored in self._scored.items()},
+            scores={name: scored.listed(product) for name, scored in self.scored.items()},
             hard=torch.from_numpy(source),
         ), failed
 
@@ -213,7 +234,7 @@ class Reader:
         k = self.pairs.hard_negatives
         if not k:
             return np.zeros(0, np.int64), np.zeros(0, np.int64), []
-        found, source = self._candidates.draw(request.seed, request.epoch, query, request.product, k)
+        found, source = self.candidates.draw(request.seed, request.epoch, query, request.product, k)
         shown = []
         for row, one in enumerate(self._read(found.reshape(-1), photo, failed)):
             i, j = divmod(row, k)
@@ -234,13 +255,13 @@ class Reader:
     ) -> Shown:
         """Of the tuple in `row`, whose negatives are `taken`, another one for the j-th."""
         place = (request.seed, request.epoch, query, int(request.product[row]), j)
-        return self._first(self._candidates.instead(*place, taken.tolist()), int(taken[j]), pixels, failed)
+        return self._first(self.candidates.instead(*place, taken.tolist()), int(taken[j]), pixels, failed)
 
     def _substitute(
         self, request: Request, row: int, pixels: UInt8[np.ndarray, "3 height width"], failed: list[Failed]
     ) -> Shown:
         product, number = int(request.product[row]), int(request.number[row])
-        others = substitutes(self._trainable, request.seed, request.epoch, product, number)
+        others = substitutes(self.trainable, request.seed, request.epoch, product, number)
         return self._first(others, product, pixels, failed)
 
     def _first(
@@ -259,9 +280,7 @@ class Reader:
             else:
                 assert shown is not None, "of a sample that was read"
                 return shown
-        if last is None:
-            raise ValueError(f"product {product} cannot be read, and there is no other that could take its place")
-        raise ValueError(f"none of {TRIES} products that could take the place of product {product} can be read: {last}")
+        raise no_substitute(product, last)
 
     def _products(
         self,
@@ -289,7 +308,7 @@ class Reader:
         gain = sample.judgments[primary]
         positive = np.flatnonzero(gain >= self.shards.manifest.labels[primary].positive_from)
         query = sample.judgments["query"][positive]
-        return int(query[chosen(gain[positive] * self._rarity[query], point)])
+        return int(query[chosen(gain[positive] * self.rarity[query], point)])
 
     def _judged(self, samples: Sequence[Sample]) -> dict[str, Judged]:
         row = np.repeat(np.arange(len(samples)), [len(sample.judgments["query"]) for sample in samples])
@@ -305,13 +324,6 @@ class Reader:
                 positive=torch.from_numpy(gain[listed] >= label.positive_from),
             )
         return judged
-
-
-def _with_substitutes(request: Request, samples: Sequence[Sample]) -> Request:
-    """The request that asks for these samples: a substitute's slot is the only one of one."""
-    product = np.array([sample.id for sample in samples], dtype=np.int64)
-    own = product == request.product
-    return replace(request, product=product, number=request.number * own, slots=np.where(own, request.slots, 1))
 
 
 def joined(parts: Sequence[TupleBatch], photo: UInt8[Tensor, "product 3 height width"] | None = None) -> TupleBatch:
@@ -332,7 +344,8 @@ def joined(parts: Sequence[TupleBatch], photo: UInt8[Tensor, "product 3 height w
 
 
 def _rows(batch: ProductBatch, rows: slice) -> ProductBatch:
-    return ProductBatch(**{f.name: getattr(batch, f.name)[rows] for f in fields(batch)})
+    """Of a batch with content."""
+    return ProductBatch(**{f.name: getattr(batch, f.name)[rows] for f in fields(batch) if f.name != "shown"})
 
 
 def _joined_lists(parts: Sequence[TupleBatch], lists: Sequence[Judged]) -> Judged:
@@ -353,7 +366,7 @@ def _entries(judged: Judged, entries: slice, shift: int) -> Judged:
 
 
 def _concatenated(parts: Sequence[B], **given: Any) -> B:
-    names = [f.name for f in fields(parts[0]) if f.name not in given]
+    names = [f.name for f in fields(parts[0]) if f.name not in {*given, "shown"}]
     columns: dict[str, Any] = {name: _cat([getattr(part, name) for part in parts]) for name in names}
     return type(parts[0])(**columns, **given)
 

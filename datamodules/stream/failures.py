@@ -5,9 +5,11 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# The first six cost the whole sample; the others, those of photos.PhotoError, the photo alone.
-SAMPLE_REASONS = ("missing shard", "unreachable", "checksum", "truncated", "wrong member", "invalid JSON")
-PHOTO_REASONS = ("empty", "not a photo", "too large", "damaged")
+UNREAD, BLIND = "unread before", "no photo before"
+# What costs the whole sample, and what the photo alone: photos.PhotoError's. The last of each are of products that are
+# not read now, in batches without content, but failed when they were.
+SAMPLE_REASONS = ("missing shard", "unreachable", "checksum", "truncated", "wrong member", "invalid JSON", UNREAD)
+PHOTO_REASONS = ("empty", "not a photo", "too large", "damaged", BLIND)
 REASONS = (*SAMPLE_REASONS, *PHOTO_REASONS)
 WORST = 5  # shards named in a message
 

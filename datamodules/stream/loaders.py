@@ -16,7 +16,8 @@ from datamodules.outcomes import result
 from datamodules.plan import Plan, Slots, draws
 from datamodules.stream.batches import Reader, Request, joined
 from datamodules.stream.blocks import BLOCKS, IntoBlocks, PhotoBlocks
-from datamodules.stream.failures import Failed, Failures
+from datamodules.stream.failures import SAMPLE_REASONS, Failed, Failures
+from datamodules.stream.known import KnownReader, LeftOut
 from datamodules.stream.lookahead import looking_ahead
 from datamodules.stream.workers import FORKS, reading
 from mmfusion.batch import ProductBatch, QueryBatch, TupleBatch
@@ -24,33 +25,63 @@ from mmfusion.batch import ProductBatch, QueryBatch, TupleBatch
 EVALUATION = -1  # the epoch of evaluation draws: fixed, and no training epoch
 
 
+class _Asked(NamedTuple):
+    """A batch of the reading that is under way, and the block of its photos; None where none was free."""
+
+    step: int
+    block: int | None
+
+
 class _Shares:
     """The requests of an epoch from a step on: each batch of the rank in `shares` parts, cut in run order.
 
-    `asked` holds the blocks of the batches that are asked for, in order; None where none was free.
+    They end with the epoch, or before the first step that has no content: below `shown_from()`, which may change.
+    `asked` holds the batches that are asked for, in order; `next` is the step that would be asked for next, that of the
+    epoch's end where the requests have ended.
     """
 
     def __init__(self, plan: Plan, slots: Slots, rank: int, ranks: int, shares: int, blocks: PhotoBlocks) -> None:
         self.plan, self.slots, self.rank, self.ranks, self.shares = plan, slots, rank, ranks, shares
-        self.epoch = self.step = 0
-        self.blocks, self.asked = blocks, deque[int | None]()
+        self.epoch, self.step, self.next = 0, 0, plan.steps
+        self.shown_from: Callable[[], int] = lambda: 0
+        self.blocks, self.asked = blocks, deque[_Asked]()
 
     def __iter__(self) -> Iterator[Request]:
-        epoch = self.epoch
-        self.asked.clear()
         self.blocks.reset()  # the workers have answered all that an earlier iteration asked: nobody writes there
         for step in range(self.step, self.plan.steps):
-            positions, start = self.plan.batch(epoch, step, self.rank, self.ranks), 0
+            if step < self.shown_from():
+                break
+            whole, start = self.whole(step), 0
             block = self.blocks.take()
-            self.asked.append(block)
-            for part in np.array_split(positions, self.shares):
-                yield Request(self.plan.seed, epoch, *self.slots.at(part), block, start)
-                start += len(part)
+            self.next = step + 1
+            self.asked.append(_Asked(step, block))
+            for rows in np.array_split(np.arange(len(whole.product)), self.shares):
+                yield whole.part(rows, block, start)
+                start += len(rows)
+        self.next = self.plan.steps
+
+    def begin(self, step: int) -> None:
+        """The next iteration is from this step on."""
+        self.asked.clear()
+        self.step = self.next = step
+
+    def whole(self, step: int) -> Request:
+        """All of the rank's batch."""
+        return Request(self.plan.seed, self.epoch, *self.slots.at(self._positions(step)))
+
+    def _positions(self, step: int) -> Int64[np.ndarray, "position"]:
+        return self.plan.batch(self.epoch, step, self.rank, self.ranks)
 
     def shards_of(self, shard: np.ndarray) -> Callable[[int], list[int]]:
         """Which shards a step of this epoch needs, where product i lies in `shard[i]`. May be asked by a thread."""
         plan, slots, epoch, rank, ranks = copy.copy(self.plan), self.slots, self.epoch, self.rank, self.ranks
-        return lambda step: shard[slots.at(plan.batch(epoch, step, rank, ranks))[0]].tolist()
+        shown_from = self.shown_from
+
+        def needed(step: int) -> list[int]:
+            shown = step >= shown_from()
+            return shard[slots.at(plan.batch(epoch, step, rank, ranks))[0]].tolist() if shown else []
+
+        return needed
 
 
 class TupleLoader:
@@ -59,6 +90,9 @@ class TupleLoader:
     An iteration begins at `progress()` = (epoch, steps of it already done), asked when its first batch is. With a
     trainer that is the trainer's own count, which it restores by itself: steps done, not batches fetched ahead.
     There is one iteration at a time: another one ends it.
+    Batches that `left_out` names are made here, at their turn, without content; meanwhile workers read the first ones
+    that have it. `optimizer()` = (optimizer step with which the epoch began, batches per optimizer step) is asked
+    together with the progress.
     """
 
     def __init__(
@@ -72,8 +106,11 @@ class TupleLoader:
         ranks: int = 1,
         workers: int = 0,
         max_broken: float = 0.01,
+        left_out: LeftOut | None = None,
+        optimizer: Callable[[], tuple[int, int]] = lambda: (0, 1),
     ) -> None:
         self.plan, self.progress, self.max_broken = plan, progress, max_broken
+        self.left_out, self.optimizer = left_out or LeftOut(), optimizer
         rows = plan.size // ranks
         workers = min(workers, rows)
         shared = reader.look.image and (FORKS or not workers)
@@ -82,36 +119,64 @@ class TupleLoader:
         self._shares = _Shares(plan, slots, rank, ranks, max(workers, 1), self._blocks)
         self._reading = partial(reading, IntoBlocks(reader, self._blocks), self._shares, workers, persistent=True)
         self._open: DataLoader[Any] | None = None
+        self._answers: Iterator[Any] = iter(())
         self._tars, self._shard = reader.shards.tars, reader.shards.index.shard
-        self.failures = self._counting()
+        self.failures = self._counting(0, 0)
 
     def __len__(self) -> int:
         return self.plan.steps
 
-    def _counting(self) -> Failures:
-        since = f" from step {self._shares.step}" if self._shares.step else ""
-        what, products = f"epoch {self._shares.epoch}{since}", self.plan.steps * self.plan.size * self._of_tuple
-        return Failures(what, products, self.max_broken, instead="replaced by other products")
+    def _counting(self, epoch: int, step: int) -> Failures:
+        what, products = f"epoch {epoch}", self.plan.steps * self.plan.size * self._of_tuple
+        since = f" from step {step}" if step else ""
+        return Failures(what + since, products, self.max_broken, instead="replaced by other products")
 
     def __iter__(self) -> Iterator[TupleBatch]:
-        self._shares.epoch, self._shares.step = self.progress()
-        self.failures = failures = self._counting()  # of this rank, and of the whole epoch's products
-        self._open = self._reading() if self._open is None else self._open
-        shares = iter(self._open)  # forks the workers, before a thread runs
-        needed = self._shares.shards_of(self._shard)
-        with looking_ahead(self._tars, needed, self._shares.step, len(self)) as at:
-            for step in range(self._shares.step, len(self)):
+        shares, (epoch, first) = self._shares, self.progress()
+        self.failures = self._counting(epoch, first)  # of this rank, and of the whole epoch's products
+        begun, each = self.optimizer()
+        shares.epoch, shares.shown_from = epoch, lambda: self.left_out.shown_from(begun, each)
+        shares.begin(len(self))
+        self._ask(first)  # forks the workers, before a thread runs
+        with looking_ahead(self._tars, shares.shards_of(self._shard), first, len(self)) as at:
+            for step in range(first, len(self)):
                 at(step)
-                read = [result(next(shares)) for _ in range(self._shares.shares)]
-                for _, failed in read:
-                    failures.add(failed)
-                block = self._shares.asked.popleft()
+                self._ask(step)
                 # Nothing here holds on to what is given out: its block would be free one batch later.
-                yield joined([batch for batch, _ in read], None if block is None else self._blocks.give(block))
+                yield self._read() if self._is_read(step) else self._known(step)
+
+    def _is_read(self, step: int) -> bool:
+        asked = self._shares.asked
+        return step >= self._shares.shown_from() or bool(asked and asked[0].step == step)
+
+    def _ask(self, step: int) -> None:
+        """At `step`, begins to read where that is not under way, from the first step on that is to have content.
+
+        What was asked for is kept, also where its content is not needed any more, unless an earlier step needs some.
+        """
+        shares, ahead = self._shares, max(step, self._shares.shown_from())
+        position = shares.asked[0].step if shares.asked else shares.next
+        if ahead < len(self) and (position > ahead or (position < ahead and not shares.asked)):
+            shares.begin(ahead)
+            self._open = self._reading() if self._open is None else self._open
+            self._answers = iter(self._open)
+
+    def _read(self) -> TupleBatch:
+        read = [result(next(self._answers)) for _ in range(self._shares.shares)]
+        for _, failed in read:
+            self.failures.add(failed)
+        block = self._shares.asked.popleft().block
+        return joined([batch for batch, _ in read], None if block is None else self._blocks.give(block))
+
+    def _known(self, step: int) -> TupleBatch:
+        assert self.left_out.known is not None, "else every step has content"
+        batch, failed = self.left_out.known.tuples(self._shares.whole(step))
+        self.failures.add(failed)
+        return batch
 
     def close(self) -> None:
         """Ends the workers, which otherwise wait for the next epoch."""
-        self._open = None
+        self._open, self._answers = None, iter(())
         self._blocks.leave()
 
     def state_dict(self) -> dict[str, int]:
@@ -161,9 +226,10 @@ class QueryLoader:
 
 
 class CorpusLoader:
-    """Evaluation batches of a rank's products, with fixed draws.
+    """Evaluation batches of a rank's products, with fixed draws; without content where `left_out` says so.
 
-    `max_broken` is a fraction of `products`, those of all ranks; by default those of this one.
+    `max_broken` is a fraction of `products`, those of all ranks; by default those of this one. `what` they are is for
+    messages. `mark_unread`: `valid` is False too where a sample cannot be read.
     """
 
     def __init__(
@@ -176,8 +242,12 @@ class CorpusLoader:
         *,
         products: int | None = None,
         max_broken: float = 0.01,
+        left_out: LeftOut | None = None,
+        what: str = "corpus",
+        mark_unread: bool = False,
     ) -> None:
         self.reader, self.seed, self.workers, self.max_broken = reader, seed, workers, max_broken
+        self.left_out, self.what, self.mark_unread = left_out or LeftOut(), what, mark_unread
         self.products = int(share.valid.sum()) if products is None else products
         self.parts = share.parts(batch_size)
         self.failures = self._counting()
@@ -186,10 +256,22 @@ class CorpusLoader:
         return len(self.parts)
 
     def _counting(self) -> Failures:
-        return Failures("corpus", self.products, self.max_broken, instead="taken without text and photo")
+        return Failures(self.what, self.products, self.max_broken, instead="taken without text and photo")
 
     def __iter__(self) -> Iterator[ProductBatch]:
-        self.failures = failures = self._counting()
+        self.failures = self._counting()
+        known, failures = self.left_out.known, self.failures  # asked with the first batch
+        yield from self._read_all(failures) if known is None else self._known(known, failures)
+
+    def _known(self, known: KnownReader, failures: Failures) -> Iterator[ProductBatch]:
+        for part in self.parts:
+            batch, failed = self._made(known, part)
+            failures.add(failed)
+            yield batch
+
+    def _read_all(self, failures: Failures) -> Iterator[ProductBatch]:
+        if not self.parts:  # workers would wait for what ends them
+            return
         read = iter(reading(self._read, self.parts, self.workers, persistent=False))
         with looking_ahead(self.reader.shards.tars, self._shards_of, 0, len(self)) as at:
             for number in range(len(self)):
@@ -201,11 +283,19 @@ class CorpusLoader:
                 yield batch
 
     def _read(self, part: Share) -> tuple[ProductBatch, list[Failed]]:
-        batch, failed = self.reader.products(part.id, draws(self.seed, EVALUATION, part.id))
+        return self._made(self.reader, part)
+
+    def _made(self, reader: Reader | KnownReader, part: Share) -> tuple[ProductBatch, list[Failed]]:
+        batch, failed = reader.products(part.id, draws(self.seed, EVALUATION, part.id))
         if failed and not part.valid.all():  # a row that pads repeats another one, whose failure counts once
             own = set(self.reader.shards.index.product_id[part.id[part.valid]].tolist())
             failed = [one for one in dict.fromkeys(failed) if one.product_id in own]
-        return replace(batch, valid=torch.from_numpy(part.valid)), failed
+        valid = torch.from_numpy(part.valid)
+        if self.mark_unread and failed:
+            lost = {one.product_id for one in failed if one.reason in SAMPLE_REASONS}
+            read = [product_id not in lost for product_id in self.reader.shards.index.product_id[part.id].tolist()]
+            valid = valid & torch.tensor(read)
+        return replace(batch, valid=valid), failed
 
     def _shards_of(self, number: int) -> list[int]:
         return self.reader.shards.index.shard[self.parts[number].id].tolist()

@@ -121,6 +121,19 @@ class PairOptions:
         }
 
 
+def entries_of(
+    start: Int64[np.ndarray, "products_and_end"], product: Int64[np.ndarray, "product"]
+) -> tuple[Int64[np.ndarray, "listed"], Int64[np.ndarray, "listed"]]:
+    """Of lists laid end to end, product i's from start[i] to start[i + 1]: the entries of these products, in order.
+
+    Each entry's row in `product`, and its place.
+    """
+    first = start[product]
+    count = start[product + 1] - first
+    row = np.repeat(np.arange(len(product)), count)
+    return row, np.arange(len(row)) + np.repeat(first - (np.cumsum(count) - count), count)
+
+
 @dataclass(frozen=True)
 class ScoresOfProducts:
     """A table of scores by product: product i's are rows start[i] to start[i + 1]. 8 bytes per row and per product."""
@@ -137,10 +150,7 @@ class ScoresOfProducts:
 
     def listed(self, product: Int64[np.ndarray, "product"]) -> Judged:
         """What the table says of the products in a batch's rows."""
-        first = self.start[product]
-        count = self.start[product + 1] - first
-        row = np.repeat(np.arange(len(product)), count)
-        at = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count) + first[row]
+        row, at = entries_of(self.start, product)
         return Judged(
             product=torch.from_numpy(row),
             query_id=torch.from_numpy(self.query[at].astype(np.int64)),

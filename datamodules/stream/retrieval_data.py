@@ -18,7 +18,7 @@ from datamodules.shards import ShardError, Shards
 from datamodules.stores.store import LocalStore, shown
 from datamodules.stream.batches import Look, Reader
 from datamodules.stream.failures import Failed, Failures
-from datamodules.stream.loaders import EVALUATION
+from datamodules.stream.loaders import EVALUATION, CorpusLoader, Share
 from mmfusion.batch import Judgments, ProductBatch
 
 
@@ -33,6 +33,9 @@ class ShardsData:
     look: Look
     path: str
     seed: int
+    workers: int
+    eval_batch_size: int
+    max_broken: float
     _texts: dict[str, np.ndarray]  # by field
 
     @property
@@ -45,6 +48,30 @@ class ShardsData:
         batch, failed = self.reader.products(ids, draws(self.seed, EVALUATION, ids))
         self._tell("products", len(ids), failed)
         return batch
+
+    def product_batches(self, ids: Int64[np.ndarray, "product"]) -> Iterator[ProductBatch]:
+        """Raises ValueError as soon as more failed than data.max_broken of them."""
+        loader = CorpusLoader(
+            self.reader,
+            Share(ids, np.ones(len(ids), bool)),
+            self.eval_batch_size,
+            self.seed,
+            self.workers,
+            max_broken=self.max_broken,
+            what="products",
+            mark_unread=True,
+        )
+        yield from loader
+        loader.failures.warn()
+
+    @property
+    def shows(self) -> dict[str, Any]:
+        modalities = [name for name, shown in (("text", self.look.text), ("image", self.look.image)) if shown]
+        fields, size = list(self.look.text_fields), list(self.look.image_size)
+        return {"text_fields": fields, "image_size": size, "modalities": modalities}
+
+    def queries(self) -> int:
+        return len(self.shards.queries)
 
     def query_texts(self, ids: Int64[np.ndarray, "query"]) -> list[str]:
         return self.reader.queries(ids).text

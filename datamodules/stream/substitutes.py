@@ -19,3 +19,10 @@ def substitutes(
     """
     rows = hashed(seed, epoch, SUBSTITUTE, product, number, np.arange(TRIES)) % np.uint64(len(trainable))
     return (id for id in trainable[rows.astype(np.int64)].tolist() if id != product)
+
+
+def no_substitute(product: int, why: object | None) -> ValueError:
+    """Where none of those that were tried can be read, the last because of `why`; None where there was none to try."""
+    if why is None:
+        return ValueError(f"product {product} cannot be read, and there is no other that could take its place")
+    return ValueError(f"none of {TRIES} products that could take the place of product {product} can be read: {why}")

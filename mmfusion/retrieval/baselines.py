@@ -3,7 +3,7 @@
 Scores are fp32, as in a search: what is equal there is a tie, and ties go by product id (see topk.py).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -103,14 +103,16 @@ def choose_weight(
     measure: Callable[[TopK], float],
     grid: Sequence[float] = GRID,
 ) -> float:
-    """The weight whose `weighted_sum`, as long as the longer list, measures highest.
-
-    Of equally good weights the one nearest .5, then the lower; NaN is worse than any number.
-    """
+    """The `best_weight` of `weighted_sum`, as long as the longer list."""
     k = max(first.ids.shape[1], second.ids.shape[1])
     measured = {weight: measure(weighted_sum(first, second, weight, tie, k)) for weight in grid}
+    return best_weight(measured)
+
+
+def best_weight(measured: Mapping[float, float]) -> float:
+    """The weight that measures highest; of equally good ones the one nearest .5, then the lower. NaN is the worst."""
     reached = {weight: -np.inf if np.isnan(value) else value for weight, value in measured.items()}
-    return max(grid, key=lambda weight: (reached[weight], -round(abs(weight - 0.5), 9), -weight))
+    return max(reached, key=lambda weight: (reached[weight], -round(abs(weight - 0.5), 9), -weight))
 
 
 def _shuffled(draw: np.random.Generator, products: int, count: int) -> Int64[np.ndarray, "count"]:

@@ -6,27 +6,47 @@ from typing import Any
 import numpy as np
 
 from mmfusion.batch import Judgments, RetrievalData
+from mmfusion.retrieval.answers import answer_slices
 from mmfusion.retrieval.evaluation import Evaluation, ViewResult
+from mmfusion.retrieval.examination import percent
+from mmfusion.retrieval.exclusive import exclusive_matches
+from mmfusion.retrieval.gates import Weights, gate_summary
 from mmfusion.retrieval.metrics import calibration, ranked_gains
 from mmfusion.retrieval.slices import find_columns, product_slices, query_slices, slice_by_product, slice_by_query
 
 MAIN = ("ndcg@10", "recall@100", "mrr")  # metrics of slices by query
+PHOTOS_DROPPED = "photos_dropped"
 KS = (10, 100)  # depths of slices by product
 
 Slices = dict[str, dict[str, dict[str, dict[str, Any]]]]  # [slice][value][view][metric]
 
 
-def slices(views: Mapping[str, ViewResult], judgments: Judgments, data: RetrievalData, options: Evaluation) -> Slices:
-    """[slice][value][view][metric] = {"value", "low", "high", "queries"} of one split's views."""
+def slices(
+    views: Mapping[str, ViewResult],
+    judgments: Judgments,
+    data: RetrievalData,
+    options: Evaluation,
+    dropped: Mapping[str, ViewResult],
+) -> Slices:
+    """[slice][value][view][metric] = {"value", "low", "high", "queries"} of one split's views.
+
+    dropped: the view fused by how many of the photos were hidden from it ("50 %").
+    """
     query_columns, product_columns = find_columns(data, options.slices)
     found: Slices = {}
     query_ids = next(iter(views.values())).query_ids
-    for name, labels in query_slices(data, query_ids, query_columns).items():
+    of_queries = query_slices(data, query_ids, query_columns) | answer_slices(
+        data.query_texts(query_ids), data.product_texts(), query_ids, judgments
+    )
+    for name, labels in of_queries.items():
         for view, result in views.items():
             _file(found, name, view, slice_by_query(_main(result), labels, resamples=options.resamples))
     for name, labels in product_slices(data, product_columns).items():
         for view, result in views.items():
             _file(found, name, view, _by_product(result, judgments, labels, options))
+    for value, result in ({percent(0): views["fused"]} | dict(dropped) if dropped else {}).items():
+        everywhere = np.full(len(query_ids), value)
+        _file(found, PHOTOS_DROPPED, "fused", slice_by_query(_main(result), everywhere, resamples=options.resamples))
     return found
 
 
@@ -66,12 +86,36 @@ def calibrations(views: Mapping[str, ViewResult], judgments: Judgments) -> dict[
 
 
 def breakdown(
-    results: Mapping[str, Mapping[str, ViewResult]], data: RetrievalData, options: Evaluation, views: Sequence[str]
+    results: Mapping[str, Mapping[str, ViewResult]],
+    data: RetrievalData,
+    options: Evaluation,
+    views: Sequence[str],
+    dropped: Mapping[str, Mapping[str, ViewResult]] | None = None,
+    weights: Weights | None = None,
 ) -> dict[str, Any]:
-    """The keys `slices` and `calibration` of results.json, for those of the views that a split has."""
+    """Keys of results.json, for those of the views that a split has: `slices` and `calibration`, and of fused runs
+    `gates` (of a head that has some) and `exclusive`.
+
+    dropped: [split][how many], the view fused with photos hidden. weights: the head's, by gate and product.
+    """
+    gates = gate_summary(weights or {}, data, options.slices)
     kept = {split: {view: of_split[view] for view in views if view in of_split} for split, of_split in results.items()}
     judged = {split: data.judgments(split) for split in results}
-    return {
-        "slices": {split: slices(of_split, judged[split], data, options) for split, of_split in kept.items()},
+    found: dict[str, Any] = {
+        "slices": {
+            split: slices(of_split, judged[split], data, options, (dropped or {}).get(split, {}))
+            for split, of_split in kept.items()
+        },
         "calibration": {split: calibrations(of_split, judged[split]) for split, of_split in kept.items()},
     }
+    exclusive = {split: _exclusive(of_split, judged[split], data, options) for split, of_split in kept.items()}
+    found |= {"exclusive": exclusive} if all(exclusive.values()) else {}
+    return found | ({"gates": gates} if gates else {})
+
+
+def _exclusive(
+    views: Mapping[str, ViewResult], judgments: Judgments, data: RetrievalData, options: Evaluation
+) -> dict[str, Any]:
+    """`exclusive_matches`, with the catalogue's own ids of the queries that it names."""
+    found = exclusive_matches(views, judgments, options)
+    return found and found | {"most": data.query_ids(np.array(found["most"], np.int64))}

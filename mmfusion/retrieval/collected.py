@@ -1,6 +1,7 @@
 """One pass of an evaluation: the vectors of queries and corpus as they come, and what each view reached with them."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from jaxtyping import Bool, Float, Int
@@ -31,26 +32,39 @@ def collect(
         into[view].add(rows, ids, valid)
 
 
+@dataclass
+class Vectors:
+    """This rank's vectors, by view of the corpus and by split of the queries."""
+
+    corpus: dict[str, Rows]
+    queries: dict[str, Rows]
+
+
+def vectors_of(collected: Collected) -> Vectors:
+    """What the loaders gave; `collected` is empty afterwards."""
+    corpus = {view: collector.rows() for view, collector in collected.pop("corpus").items()}
+    queries = {name.removeprefix("queries/"): found[QUERY].rows() for name, found in collected.items()}
+    collected.clear()
+    return Vectors(corpus, queries)
+
+
 def measured_views(
-    collected: Collected,
+    vectors: Vectors,
     views: Mapping[str, int | None],
     data: RetrievalData,
     tie: Int[Tensor, "catalogue"],
     options: Evaluation,
     intervals: bool,
 ) -> dict[str, dict[str, ViewResult]]:
-    """results[split][view], equal on every rank; `collected` is empty afterwards.
+    """results[split][view], equal on every rank.
 
     views: how many leading dimensions a view is searched by; None: all. fused@64 is the view fused by its first 64.
     """
-    corpus = {view: collector.rows() for view, collector in collected.pop("corpus").items()}
-    queries = {name.removeprefix("queries/"): found[QUERY].rows() for name, found in collected.items()}
-    collected.clear()
     results: dict[str, dict[str, ViewResult]] = {}
-    for split, asked in queries.items():
+    for split, asked in vectors.queries.items():
         judgments, results[split] = data.judgments(split), {}
         for view, dim in views.items():
-            rows = corpus[view.partition("@")[0]]
+            rows = vectors.corpus[view.partition("@")[0]]
             sought, searched = (Rows(leading(part.vectors, dim), part.ids) for part in (asked, rows))
             ranking = rank_corpus(sought, searched, tie, options.depth, chunk=options.chunk)
             results[split][view] = measured(ranking, judgments, options, intervals)

@@ -36,9 +36,11 @@ class Evaluation:
         no_positive: a query for which a metric is not defined: skip leaves it out of the mean, zero counts it as 0
         unjudged: what a retrieved product counts that nobody judged: zero is gain 0, condensed takes it off the list
             (slices by product are always of the whole lists)
-        baselines: rows for BM25, random order and hybrids of BM25 with the primary view; every rank holds an index of
-            all texts
+        baselines: rows for BM25, random order, hybrids of BM25 with the primary view, and the weighted sum of what
+            text and image score; every rank holds an index of all texts
         slices: columns of queries or of products to slice by, besides the built-in ones
+        drop_photos: fractions of the photos that are hidden from the fused view, for a slice of what it reaches then;
+            each takes the time and the room of one more view, the encoders run once
         resamples: draws of the bootstrap intervals
         chunk: products whose scores are held at a time
         vectors: folder for the corpus' vectors when they do not fit into memory; without, they stay there
@@ -51,6 +53,7 @@ class Evaluation:
     unjudged: Literal["zero", "condensed"] = "zero"
     baselines: bool = True
     slices: list[str] = field(default_factory=list)
+    drop_photos: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0])
     resamples: int = 1000
     chunk: int = 16_384
     vectors: str | None = None
@@ -62,6 +65,9 @@ class Evaluation:
                 raise ValueError(f"model.evaluation.{name} is {getattr(self, name)}; expected at least 1")
         if self.photos_mib < 0:
             raise ValueError(f"model.evaluation.photos_mib is {self.photos_mib}; expected 0 or more")
+        for fraction in self.drop_photos:
+            if not 0 < fraction <= 1:
+                raise ValueError(f"model.evaluation.drop_photos holds {fraction}; expected above 0, and 1 at most")
         for name in self.metrics:
             self._expanded(name, {})
         self._expanded("ndcg@10", {})
@@ -164,11 +170,11 @@ def _best_weight(
     lexical: Ranking, ours: ViewResult, judgments: Judgments, tie: Int[Tensor, "catalogue"], options: Evaluation
 ) -> float:
     """By nDCG@10 of the first label column."""
-    column = next(iter(judgments.gain))
+    return choose_weight(lexical.top, ours.top, tie, lambda top: mean_ndcg(top, lexical.query_ids, judgments, options))
 
-    def ndcg(top: TopK) -> float:
-        ranked = ranked_gains(top.ids.numpy(), lexical.query_ids, judgments, column, options.unjudged)
-        values = parse_metric("ndcg@10", options.depth)(ranked)
-        return float(np.nanmean(values)) if not np.isnan(values).all() else 0.0
 
-    return choose_weight(lexical.top, ours.top, tie, ndcg)
+def mean_ndcg(top: TopK, query_ids: Int[np.ndarray, "query"], judgments: Judgments, options: Evaluation) -> float:
+    """nDCG@10 in the first label column, by which weights are chosen; 0 where no query has one."""
+    ranked = ranked_gains(top.ids.numpy(), query_ids, judgments, next(iter(judgments.gain)), options.unjudged)
+    values = parse_metric("ndcg@10", options.depth)(ranked)
+    return float(np.nanmean(values)) if not np.isnan(values).all() else 0.0

@@ -86,7 +86,7 @@ def rank_corpus(
 def rank_own(queries: Rows, corpus: Rows, tie: Int[Tensor, "catalogue"], depth: int, *, chunk: int) -> Ranking:
     """`rank_corpus` of an `own_products`, for who ranks several times."""
     device = queries.vectors.device
-    queries = _all_queries(queries)
+    queries = all_queries(queries)
     found = search(queries.vectors[:].to(device), corpus.vectors, corpus.ids, tie, depth, chunk=chunk)
     return Ranking(queries.ids.numpy(), _merged(TopK(found.scores.cpu(), found.ids.cpu()), tie.cpu(), depth))
 
@@ -108,7 +108,7 @@ def joined(parts: Sequence[Ranking]) -> Ranking:
     return Ranking(query_ids[order], TopK(scores, ids))
 
 
-def _all_queries(queries: Rows) -> Rows:
+def all_queries(queries: Rows) -> Rows:
     """The queries of all ranks, each id once, in ascending order, on the CPU."""
     parts = gathered(Rows(queries.vectors[:].cpu().clone(), queries.ids.cpu().clone()))
     ids, first = np.unique(torch.cat([part.ids for part in parts]).numpy(), return_index=True)

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from mmfusion.retrieval.files import replaced
 
-RESERVED = ("run", "slices", "calibration")
+RESERVED = ("run", "slices", "calibration", "gates", "exclusive")
 FIRST = ("text", "image", "fused")  # the order of views in tables; others follow
 SHOWN = {"ndcg@10": "nDCG@10", "recall@100": "Recall@100", "mrr": "MRR"}
 

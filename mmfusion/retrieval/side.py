@@ -19,9 +19,10 @@ from mmfusion.retrieval.run_file import Measured, measure_run_file
 
 # where a run is kept and logged and what it is called says nothing about what it does
 UNTOLD = re.compile(
-    r"experiment|runs|resume|wandb(\..*)?|trainer\.(logger|default_root_dir)(\..*)?|.*\.(save_dir|dirpath)"
+    r"experiment|runs|resume|branch|checkpoint_stages|wandb(\..*)?|trainer\.(logger|default_root_dir)(\..*)?"
+    r"|.*\.(save_dir|dirpath)"
 )
-UNTOLD_FACTS = ("folder", "checkpoint", "overrides")  # overrides are told under a key of their own
+UNTOLD_FACTS = ("folder", "checkpoint", "branched_from", "overrides")  # overrides are told under a key of their own
 OVERRIDES = "eval overrides"
 
 

@@ -100,7 +100,7 @@ class Paired:
     @property
     def verdict(self) -> str:
         """One line with the corrected p, such as "B is better by .021 [.012, .030], p = .0004"."""
-        p = f"p {_p(self.p_holm)}"
+        p = f"p {p_text(self.p_holm)}"
         if not self.significant:
             found = f"{'+' if self.difference > 0 else ''}{_number(self.difference)} {_interval(self.low, self.high)}"
             return f"{self.run} and {self.baseline} do not differ significantly: {found}, {p}"
@@ -151,7 +151,7 @@ def _number(value: float) -> str:
     return f"{'-' if value < 0 and float(digits) else ''}{digits.removeprefix('0')}"
 
 
-def _p(value: float) -> str:
+def p_text(value: float) -> str:
     """= .41, = .012, = .0004 or < .0001, with as many digits as tell on which side of .05 it is."""
     if value < 0.0001:
         return "< .0001"

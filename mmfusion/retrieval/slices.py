@@ -16,7 +16,7 @@ from mmfusion.batch import Judgments, RetrievalData
 from mmfusion.retrieval.metrics import parse_metric, ranked_gains
 from mmfusion.retrieval.significance import bootstrap_interval
 
-OF_QUERIES = ("query_words", "query_seen", "rarest_word")
+OF_QUERIES = ("query_words", "query_seen", "rarest_word", "query_in_text", "relevant_products", "photos_dropped")
 OF_PRODUCTS = ("train_positives", "text_words", "photo")
 MOST_VALUES = 20  # of a column; a column with more keeps all but one of these, and OTHER
 OTHER, NONE = "other", "(none)"
@@ -56,9 +56,9 @@ def query_slices(
     seen, containing = set(train), Counter(word for text in train for word in set(text.split()))
     rarest = np.array([min((containing[word] for word in text.split()), default=0) for text in texts])
     found = {
-        "query_words": _binned(np.array([len(text.split()) for text in texts]), {2: "1", 3: "2", 4: "3", 5: "4"}, "5+"),
+        "query_words": binned(np.array([len(text.split()) for text in texts]), {2: "1", 3: "2", 4: "3", 5: "4"}, "5+"),
         "query_seen": np.where([text in seen for text in texts], "seen in train", "unseen"),
-        "rarest_word": _binned(rarest, {1: "0 (new word)", 10: "1-9", 100: "10-99"}, "100+"),
+        "rarest_word": binned(rarest, {1: "0 (new word)", 10: "1-9", 100: "10-99"}, "100+"),
     }
     of_queries = _names("queries", data.query_columns())
     return found | {name: _merged(data.query_column(of_queries[name]))[query_ids] for name in columns}
@@ -72,8 +72,8 @@ def product_slices(data: RetrievalData, columns: Sequence[str]) -> dict[str, np.
     """
     words = np.array([len(text.split()) for text in data.product_texts()])
     found = {
-        "train_positives": _binned(data.train_positives(), {1: "0 (cold start)", 5: "1-4"}, "5+"),
-        "text_words": _binned(words, {1: "0", 4: "1-3", 7: "4-6"}, "7+"),
+        "train_positives": binned(data.train_positives(), {1: "0 (cold start)", 5: "1-4"}, "5+"),
+        "text_words": binned(words, {1: "0", 4: "1-3", 7: "4-6"}, "7+"),
         "photo": np.where(data.has_photo(), "present", "missing"),
     }
     of_products = _names("products", data.product_columns())
@@ -139,7 +139,7 @@ def _normalised(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def _binned(numbers: np.ndarray, below: Mapping[int, str], beyond: str) -> np.ndarray:
+def binned(numbers: np.ndarray, below: Mapping[int, str] | Mapping[float, str], beyond: str) -> np.ndarray:
     """The name of the lowest bound that each number is below."""
     names = np.array([*below.values(), beyond])
     return names[np.searchsorted(list(below), numbers, side="right")]

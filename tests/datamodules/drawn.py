@@ -96,4 +96,6 @@ def same(a: Any, b: Any) -> bool:
         return torch.equal(a, b)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    return a == b if isinstance(a, list) else all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
+    return (
+        a == b if isinstance(a, list | bool) else all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
+    )

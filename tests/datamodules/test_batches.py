@@ -244,14 +244,14 @@ def test_where_there_is_no_other_none_takes_its_place(tables: Tables, tmp_path: 
     data = TupleDataModule(str(path), batch_size=16, image_size=SIZE, max_broken=1.0, hard_negatives=1)
     data.setup("fit")
     said = f"product {first} cannot be read, and there is no other that could take its place"
-    data.reader.__dict__["_trainable"] = np.array([first])
+    data.reader.__dict__["trainable"] = np.array([first])
     zero, one = np.zeros(1, np.int64), np.ones(1, np.int64)
     with pytest.raises(ValueError, match=said):
         data.reader.tuples(Request(0, 0, np.array([first]), zero, one))
     everyone = np.repeat(np.arange(len(data.shards.queries)), 150), np.tile(np.arange(150), len(data.shards.queries))
     kept = everyone[1] != first
     positives = tuple(ids[kept] for ids in everyone)
-    data.reader.__dict__["_candidates"] = Candidates.of(len(data.shards.queries), 150, positives, [])
+    data.reader.__dict__["candidates"] = Candidates.of(len(data.shards.queries), 150, positives, [])
     with pytest.raises(ValueError, match=said):
         data.reader.tuples(Request(0, 0, np.array([second]), zero, one))
 

@@ -61,6 +61,12 @@ def only_run(experiment: str) -> Path:
     return folder
 
 
+STAGES = {
+    "joint": ["joint"], "without_adapt": ["align", "fuse"], "without_align": ["adapt", "fuse"],
+    "split_align": ["adapt", "align_text", "align_image", "fuse"],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_experiment_trains_and_reports(mmfusion, shards, name):
     code, out, errors = mmfusion("train", "--exp", name, "--data", str(shards), *SMALL)
@@ -69,7 +75,8 @@ def test_every_experiment_trains_and_reports(mmfusion, shards, name):
     assert out.rstrip().splitlines()[-1] == f"run: {run}"
     results = json.loads((run / "results.json").read_text())
     views = {"text_only": ["text"], "image_only": ["image"]}.get(name, ["text", "image", "fused"])
-    assert list(results["test"]) == list(results["val"]) == [*views, *BASELINES]
+    of_both = ["score_fusion"] if len(views) == 3 else []
+    assert list(results["test"]) == list(results["val"]) == [*views, *of_both, *BASELINES]
     assert set(results["test"][views[-1]]["relevance/ndcg@10"]) == {"value", "low", "high"}
     assert results["run"]["primary"] == views[-1]
     assert {path.name for path in run.iterdir()} == {
@@ -79,9 +86,8 @@ def test_every_experiment_trains_and_reports(mmfusion, shards, name):
     stages = yaml.safe_load((run / "config.yaml").read_text())["model"]["stages"]
     with (run / "metrics.csv").open() as file:
         assert [row for row in csv.DictReader(file) if row["train/loss"]]
-    assert list(stages) == (
-        ["joint"] if name == "joint" else ["adapt", "align", *(["fuse"] if len(views) == 3 else [])]
-    )
+    usual = ["adapt", "align", *(["fuse"] if len(views) == 3 else [])]
+    assert list(stages) == STAGES.get(name, usual)
 
 
 def test_eval_gives_the_same_numbers_and_compare_shows_what_differs(mmfusion, shards, tmp_path):
@@ -93,14 +99,14 @@ def test_eval_gives_the_same_numbers_and_compare_shows_what_differs(mmfusion, sh
     code, out, errors = mmfusion("eval", "--run", str(first), "--split", "test")
     assert code == 0, errors
     (again,) = (first / "eval").rglob("results.json")
-    assert json.loads(again.read_text())["test"] == trained["test"]
+    assert json.loads(again.read_text())["test"] == trained["test"], "score_fusion too, with the weight of the run"
     assert again.parent.name == f"{trained['run']['manifest'][:12]}-test"
 
     other = small_shards(tmp_path / "other", products=96)
     assert mmfusion("eval", "--run", str(first), "--data", str(other), "--split", "val", "--out", "elsewhere")[0] == 0
     elsewhere = json.loads(Path("elsewhere/results.json").read_text())
     assert elsewhere["run"]["manifest"] != trained["run"]["manifest"]
-    assert set(elsewhere) == {"val", "slices", "calibration", "run"}
+    assert set(elsewhere) == {"val", "slices", "calibration", "exclusive", "run"}
     assert "<html" in Path("elsewhere/report.html").read_text()
 
     assert mmfusion("eval", "--run", str(second), "--split", "test", "--trec", "files")[0] == 0
@@ -131,7 +137,7 @@ def test_all_that_a_loss_may_ask_for_at_once(mmfusion, shards):
     trained = json.loads((run / "results.json").read_text())
     views = ["text", "image", "fused", "fused@64", "fused@16"]
     for split in ("val", "test"):
-        assert list(trained[split]) == [*views, *BASELINES]
+        assert list(trained[split]) == [*views, "score_fusion", *BASELINES]
         assert set(trained[split]["fused@16"]) == set(trained[split]["fused"])
     assert trained["run"]["primary"] == "fused"
     with (run / "metrics.csv").open() as file:
@@ -142,7 +148,7 @@ def test_all_that_a_loss_may_ask_for_at_once(mmfusion, shards):
     assert code == 0, errors
     assert "fused@16" in out
     (again,) = (run / "eval").rglob("results.json")
-    assert json.loads(again.read_text())["test"] == trained["test"]
+    assert json.loads(again.read_text())["test"] == trained["test"], "score_fusion too, with the weight of the run"
     code, out, errors = mmfusion("compare", str(run), "files/test.fused@16.run", "--out", "page.html")
     assert code == 0, errors
     value = f"{trained['test']['fused@16']['relevance/ndcg@10']['value']:.3f}".removeprefix("0")
@@ -228,7 +234,7 @@ def test_dual_trains_both_towers_of_one_checkpoint_from_its_zero_shot_row(mmfusi
     assert code == 0, errors
     results = json.loads((only_run("fusion_gated") / "results.json").read_text())
     views = ["text", "image", "fused"]
-    assert list(results["test"]) == [*(f"zero_shot_{view}" for view in views), *views, *BASELINES]
+    assert list(results["test"]) == [*(f"zero_shot_{view}" for view in views), *views, "score_fusion", *BASELINES]
 
 
 def test_dual_without_a_hub_is_one_line(mmfusion, shards):
@@ -242,7 +248,7 @@ def test_dual_without_a_hub_is_one_line(mmfusion, shards):
     ("args", "said"),
     [
         (["--exp", "fusion_gatd"], "Did you mean fusion_gated?"),
-        (["--exp", ""], "there are concat_mlp, fusion_cross_attention"),
+        (["--exp", ""], "there are concat_linear, concat_mlp"),
         (["--exp", "fusion_gated", "--encoders", "mini"], "Did you mean minilm?"),
         (["--exp", "fusion_gated", "--model.fusion=Gatd"], "model.fusion takes a class name: ConcatLinear"),
         (["--exp", "fusion_gated", "--model.dimm=3"], "nearest names are --model.dim"),

@@ -40,7 +40,7 @@ def test_two_ranks_write_one_run_and_go_on_from_it(tmp_path, command):
     assert done.stdout.rstrip().splitlines()[-1] == f"run: {run.relative_to(tmp_path)}"
     assert done.stdout.count("run: ") == 1, "one rank prints"
     results = json.loads((run / "results.json").read_text())
-    assert set(results) == {"val", "test", "slices", "calibration", "run"}
+    assert set(results) == {"val", "test", "slices", "calibration", "gates", "exclusive", "run"}
     refused = mmfusion(tmp_path, *command, f"--resume={run}/checkpoints/last.ckpt", "--model.dim=16")
     assert refused.returncode == 2
     assert refused.stderr.count("error: ") == 1

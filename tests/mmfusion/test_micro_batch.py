@@ -12,6 +12,7 @@ from lightning import Callback
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from mmfusion.encoders import TimmEncoder
+from mmfusion.feature_cache import CacheOptions
 from mmfusion.fusion import CrossAttention
 from mmfusion.loggers import AppendingCSVLogger
 from mmfusion.stages import LossWeights, Stage, Until
@@ -91,7 +92,7 @@ def test_a_frozen_encoder_is_asked_once_even_where_its_memo_is_full(shards, tmp_
             Until(fraction=1.0), LossWeights(query_image=1.0, query_product=1.0), {"image_encoder": "frozen"}
         ),
     }
-    module = small_module(micro_batch=6, memo_gib=0.0, stages=stages)
+    module = small_module(micro_batch=6, memo_gib=0.0, stages=stages, cache=CacheOptions(use="off"))
     small_trainer(tmp_path, calls, steps=4).fit(module, small_data(shards))
     assert calls.steps[0] == {"calls": 6, "rows": 32}, "16 rows, 6 at a time, twice"
     assert calls.steps[3] == {"calls": 1, "rows": 64}, "once, in the batches of the memo"

@@ -10,6 +10,7 @@ import torch
 from lightning import Callback
 
 from mmfusion.batch import QueryBatch
+from mmfusion.feature_cache import CacheOptions
 from mmfusion.features import after_dropout
 from mmfusion.loggers import AppendingCSVLogger
 from mmfusion.losses import InfoNCE
@@ -143,7 +144,7 @@ def test_frozen_encoders_run_once_per_text_and_photo_and_the_test_reuses_them(sh
 
 
 def test_kept_features_change_nothing(shards, tmp_path):
-    kept, fresh = small_module(), small_module(memo_gib=0.0)
+    kept, fresh = (small_module(memo_gib=size, cache=CacheOptions(use="off")) for size in (4.0, 0.0))
     for module in (kept, fresh):
         small_trainer(tmp_path, steps=20).fit(module, small_data(shards))
     assert kept.features.memos[kept.product.image.encoder].slot

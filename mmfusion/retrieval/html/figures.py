@@ -15,7 +15,7 @@ from mmfusion.retrieval.html.tables import slice_queries
 from mmfusion.retrieval.report import counts
 
 SERIES = 8  # colours of the style sheet without a meaning
-VIEWS = ("text", "image", "fused", "bm25", "hybrid_rrf", "hybrid_sum", "random")
+VIEWS = ("text", "image", "fused", "score_fusion", "bm25", "hybrid_rrf", "hybrid_sum", "random")
 MAX_VALUES = 16  # of a slice that a plot shows: those of most queries
 MAX_POINTS = 4_000  # of a scatter
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfusion.retrieval import records
-from mmfusion.retrieval.html import sections
+from mmfusion.retrieval.html import sections, understanding
 from mmfusion.retrieval.html.figures import Figure
 from mmfusion.retrieval.html.numbers import metric_title, whole
 from mmfusion.retrieval.html.page import render, write_page
@@ -26,11 +26,13 @@ def write_report(folder: Path) -> Path:
     log, spans = sections.log_of(home(folder))
     training = sections.training(log, spans, focus)
     gates = sections.gates(log, spans)
+    weights = understanding.gates(found.results)
     calibration = sections.calibration(found.results, focus)
     slices = sections.slices(found.results, focus)
     galleries, queries = sections.galleries(found, focus)
     headline = sections.headline(found, focus)
-    charts = [*training["quality"], *training["settings"], *gates, *calibration, *(one["figure"] for one in slices)]
+    charts = [*training["quality"], *training["settings"], *gates, *(weights["figures"] if weights else [])]
+    charts += [*calibration, *(one["figure"] for one in slices)]
     return write_page(folder / "report.html", render(
         "report.html.j2",
         {"figures": placed(charts), "gallery": queries, "primary": focus.metric, "compared": focus.compared},
@@ -40,10 +42,14 @@ def write_report(folder: Path) -> Path:
         metric=metric_title(focus.metric.rpartition("/")[2]),
         headline=headline,
         tests=sum(one["test"] is not None for one in headline),
-        hybrid_weight=found.results.get("run", {}).get("hybrid_weight"),
+        weighted={
+            name: (of, found.results.get("run", {}).get(key)) for name, (of, key) in sections.WEIGHTED.items()
+        },
         results=[sections.split_results(found.results, split) for split in order],
         training=training,
         gates=gates,
+        weights=weights,
+        exclusive=understanding.exclusive(found.results, focus.split, focus.column),
         calibration=calibration,
         slices=slices,
         galleries=galleries,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mmfusion.retrieval.examples import choose, held_against, main_metric, shown_at_first, shown_first
+from mmfusion.retrieval.exclusive import TITLE
 from mmfusion.retrieval.html import curves, figures, gallery, tables
 from mmfusion.retrieval.html.figures import Figure, series_colour, view_colour
 from mmfusion.retrieval.html.gallery import Gallery, Row
@@ -15,6 +16,9 @@ from mmfusion.retrieval.html.numbers import metric_title
 from mmfusion.retrieval.records import Records, part
 from mmfusion.retrieval.report import in_column, label_columns, ordered, primary_view
 from mmfusion.retrieval.significance import Paired, corrected, paired
+
+# rows whose weight is chosen on val: whose weight it is, and its key of results.json's `run`
+WEIGHTED = {"score_fusion": ("text", "score_fusion_weight"), "hybrid_sum": ("bm25", "hybrid_weight")}
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def split_results(results: Mapping[str, Any], split: str) -> dict[str, Any]:
     for name, queries in about.get("left_out", {}).items():
         if name.startswith(f"{split}/"):
             left_out.setdefault(queries, []).append(name.removeprefix(f"{split}/"))
-    remarks = {"hybrid_sum": "weight chosen here"} if split == "val" and "hybrid_sum" in views else {}
+    remarks = {name: "weight chosen here" for name in WEIGHTED if split == "val" and name in views}
     every = tables.every_metric(views)
     return {"split": split, "columns": columns, "every": every, "left_out": left_out, "remarks": remarks}
 
@@ -160,6 +164,8 @@ def galleries(found: Records, focus: Focus) -> tuple[list[Gallery], dict[str, An
         Gallery(title, "the same queries every time" if rows is chosen.drawn else by, [ids[row] for row in rows])
         for title, rows in chosen.galleries(focus.primary, focus.against).items()
     ]
+    most = found.results.get("exclusive", {}).get(focus.split, {}).get("most")
+    kinds += [Gallery(TITLE, "most relevant products that text and photo alone miss", most)] if most else []
     rankings = part(found.rankings, split=focus.split)
     lists = {view: part(rankings, view=view) for view in focus.views}
     rows = [Row(view, listed, values[view], shown_at_first(view)) for view, listed in lists.items() if len(listed)]

@@ -93,7 +93,7 @@ def test_slices_of_products(data: TupleDataModule) -> None:
 )
 def test_bounds_of_bins(number: int, name: str) -> None:
     bounds = {1: "0 (new word)", 10: "1-9", 100: "10-99"}
-    assert slices._binned(np.array([number]), bounds, "100+").tolist() == [name]
+    assert slices.binned(np.array([number]), bounds, "100+").tolist() == [name]
 
 
 def test_a_column_of_many_values_keeps_the_frequent_ones() -> None:

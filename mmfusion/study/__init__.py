@@ -1,0 +1,1 @@
+"""Studies: many arms, seeds and variants of the data, trained once and reported together."""

@@ -1,0 +1,206 @@
+"""The runs of a study: what decides each, its command, and how far it is on disk."""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from mmfusion.checkpoints import LAST, stage_file
+from mmfusion.options import shown
+from mmfusion.retrieval.side import flattened
+from mmfusion.study.definition import LOGS, Study
+
+State = Literal["done", "resume", "new"]
+EXPERIMENTS = Path("experiments")
+COST = "mmfusion.study.cost.Cost"
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a study is asked to do.
+
+    folder: of its runs. more: options of all arms, from the command line. program: what trains, given its options.
+    """
+
+    study: Study
+    folder: Path
+    data: str
+    seeds: tuple[int, ...]
+    more: tuple[str, ...] = ()
+    program: tuple[str, ...] = (sys.executable, "-m", "mmfusion.cli", "train")
+
+    @cached_property
+    def manifest(self) -> str | None:
+        """The hash of the data; None where they are not on this machine: then their address counts."""
+        path = Path(self.data) / "manifest.json"
+        if "://" in self.data or self.data.startswith("pipe:"):
+            return None
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"DATA={self.data} holds no manifest.json: expected a folder that `make data` wrote"
+            )
+        return str(json.loads(path.read_text(encoding="utf-8")).get("hash"))
+
+    def jobs(self) -> list["Job"]:
+        """Seed by seed, so that the table has every arm early; within a variant in the order of the file."""
+        arms = self.study.trained()
+        return [
+            Job(self, arm, variant, seed)
+            for seed in self.seeds
+            for variant in self.study.variants
+            for arm in arms
+            if variant in self.study.trained_on(arm)
+        ]
+
+    def stages(self, arm: str) -> list[str]:
+        """Names of the stages that an arm trains, in order: those of the last file that names any."""
+        named: list[str] = []
+        for content in self.files(arm).values():
+            named = list((content.get("model") or {}).get("stages") or named)
+        return named
+
+    def files(self, arm: str) -> dict[str, dict[str, Any]]:
+        """The files that an arm's options come from, by their place in experiments/."""
+        names = ("base", f"encoders/{self.study.encoders}", self.study.arms[arm].experiment)
+        paths = {name: EXPERIMENTS / f"{name}.yaml" for name in names}
+        for path in paths.values():
+            if not path.is_file():
+                there = ", ".join(sorted(other.stem for other in path.parent.glob("*.yaml")))
+                raise FileNotFoundError(f"study {self.study.name}, arm {arm}: there is no {path}, only {there}")
+        return {name: yaml.safe_load(path.read_text(encoding="utf-8")) or {} for name, path in paths.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One run: an arm on a variant with a seed."""
+
+    plan: Plan
+    arm: str
+    variant: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-{self.variant}-{self.seed}"
+
+    @property
+    def prefix(self) -> str | None:
+        return self.plan.study.arms[self.arm].prefix
+
+    @property
+    def run(self) -> Path:
+        return self.plan.study.run_folder(self.plan.folder, self.arm, self.variant, self.seed)
+
+    @property
+    def log(self) -> Path:
+        return self.plan.folder / LOGS / f"{self.name}.log"
+
+    @property
+    def last(self) -> Path:
+        return self.run / "checkpoints" / LAST
+
+    def stage_checkpoint(self, stage: str) -> Path:
+        return self.run / "checkpoints" / stage_file(stage)
+
+    def state(self) -> State:
+        """From what is on disk: `done` once the numbers and what the report needs of them are whole."""
+        if (self.run / "per_query.parquet").is_file() and _whole(self.run / "results.json"):
+            return "done"
+        return "resume" if self.last.is_file() else "new"
+
+    def options(self) -> list[str]:
+        """What decides the run, apart from data and seed. The last of two equal options counts."""
+        study = self.plan.study
+        own = study.arms[self.arm].args
+        return [*study.args, *study.variants[self.variant], *own, *self.plan.more]
+
+    def definition(self) -> dict[str, Any]:
+        """What must not change between a study's commands, as JSON."""
+        return {
+            "data": self.plan.manifest or shown(self.plan.data),
+            "seed": self.seed,
+            "options": [shown(option) for option in self.options()],
+            "files": flattened(self.plan.files(self.arm)),
+        }
+
+    def command(self, branch: Path | None, checkpoint_stages: Sequence[str]) -> list[str]:
+        """branch: the checkpoint to go on from where the run has none of its own."""
+        study = self.plan.study
+        start = [f"--resume={self.last}"] if self.state() == "resume" else [f"--branch={branch}"] if branch else []
+        stages = [f"--checkpoint_stages=[{','.join(checkpoint_stages)}]"] if checkpoint_stages else []
+        return [
+            *self.plan.program, "--exp", study.arms[self.arm].experiment,
+            "--encoders", study.encoders, "--data", self.plan.data, f"--experiment={self.arm}",
+            f"--runs={self.plan.folder}", *self.options(), f"--seed_everything={self.seed}",
+            f"--trainer.callbacks+={COST}", *stages, *start,
+        ]  # fmt: skip
+
+    def clear(self) -> None:
+        """Removes what a run left that was stopped before its first checkpoint: it starts anew."""
+        if self.state() == "new" and self.run.exists():
+            shutil.rmtree(self.run)
+
+
+def _whole(results: Path) -> bool:
+    try:
+        return "run" in json.loads(results.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return False
+
+
+def shared_stages(jobs: Iterable[Job]) -> dict[Job, list[str]]:
+    """For each job the stages whose ends it shares with others of its variant and seed, in order.
+
+    A job may go on from the checkpoint of any of them, whichever of the others made it.
+
+    Raises ValueError for a prefix that is none of an arm's stages, or the last of them.
+    """
+    jobs = list(jobs)
+    upto = {job: _stages_until_prefix(job) for job in jobs if job.prefix is not None}
+    shared = {}
+    for job in jobs:
+        beside = [other for other in upto if (other.variant, other.seed) == (job.variant, job.seed)]
+        others = [other for other in beside if other is not job]
+        prefixes = {other.prefix for other in [job, *others]}
+        theirs = {stage for other in others for stage in upto[other]}
+        shared[job] = [stage for stage in upto.get(job, []) if stage in prefixes & theirs]
+    return shared
+
+
+def _stages_until_prefix(job: Job) -> list[str]:
+    stages = job.plan.stages(job.arm)
+    if job.prefix not in stages[:-1]:
+        raise ValueError(
+            f"study {job.plan.study.name}: arm {job.arm} has the prefix {job.prefix!r}, expected one of its stages "
+            f"before the last ({', '.join(stages)}), or prefix: null"
+        )
+    return stages[: stages.index(job.prefix) + 1]
+
+
+def refuse_changes(jobs: Iterable[Job], recorded: dict[str, Any]) -> None:
+    """Raises ValueError where runs on disk were made by another definition, or of none that is known.
+
+    recorded: definitions by name of the job, as the study's folder holds them.
+    """
+    changed = []
+    for job in jobs:
+        if not job.run.exists():
+            continue
+        before, now = (flattened(d) for d in (recorded.get(job.name, {}), job.definition()))
+        keys = [key for key in now.keys() | before.keys() if now.get(key) != before.get(key)]
+        if keys:
+            told = [f"{key} was {before.get(key)}, is {now.get(key)}" for key in sorted(keys)[:3]]
+            more = [f"and {len(keys) - 3} more"] if len(keys) > 3 else []
+            changed.append(f"  {job.arm} ({job.run}): {'; '.join(told + more)}")
+    if changed:
+        raise ValueError(
+            "these runs were made by another definition or on other data:\n" + "\n".join(changed[:8])
+            + (f"\n  and {len(changed) - 8} more" if len(changed) > 8 else "")
+            + "\nDelete their folders to train them anew, or keep them and give the study another name (copy its file)"
+        )  # fmt: skip
