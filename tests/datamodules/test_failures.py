@@ -122,7 +122,7 @@ def _evaluate(rank: int, world: int, path: Path, folder: Path, max_broken: float
     return logged, said
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_what_failed_in_evaluation_is_logged_and_told_once(shards: Path, tmp_path: Path, ranks: int) -> None:
     spoil(shards)
     (first, told), *others = run_ranks(_evaluate, ranks, shards, tmp_path, 0.1)

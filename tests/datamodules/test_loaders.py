@@ -135,7 +135,7 @@ def damaged(tables: Tables, tmp_path: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:epoch 0")
-@pytest.mark.parametrize("epoch", ["products", "pairs"])
+@pytest.mark.parametrize("epoch", [pytest.param("products", marks=pytest.mark.slow), "pairs"])
 def test_who_takes_the_place_of_a_lost_product_depends_on_neither_ranks_nor_workers(damaged: Path, epoch: str) -> None:
     options = {"batch_size": 16, "image_size": SIZE, "max_broken": 1.0, "epoch": epoch, "photo_cache_mib": 0}
     data, helped = (TupleDataModule(str(damaged), workers=workers, **options) for workers in (0, 2))

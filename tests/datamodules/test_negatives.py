@@ -23,7 +23,7 @@ def candidates(positives: Pairs, sources: list[Pairs], products: int = PRODUCTS,
     return Candidates.of(queries, products, arrays(positives), [arrays(source) for source in sources])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(pairs, st.lists(pairs, max_size=3), st.integers(0, 4), st.integers(-5, 5), st.integers(0, 3))
 def test_it_is_the_slow_drawing(positives: Pairs, sources: list[Pairs], k: int, seed: int, epoch: int) -> None:
     made = candidates(positives, sources)

@@ -196,7 +196,7 @@ def test_a_run_that_was_cut_short_ends_as_the_straight_one(mmfusion, shards):
     assert cut.parent.name == crashed.parent.name
 
 
-@pytest.mark.parametrize("space", [True, False])
+@pytest.mark.parametrize("space", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_runs_config_runs_again_as_it_is(mmfusion, shards, space):
     assert mmfusion("train", "--exp", "masked_sum", "--data", str(shards), *SMALL)[0] == 0
     first = only_run("masked_sum")

@@ -218,7 +218,7 @@ def test_it_teaches_the_teachers_order() -> None:
         assert scores[0].argsort(descending=True).tolist() == [0, 1, 3, 2]
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("options", "valid"),
     [

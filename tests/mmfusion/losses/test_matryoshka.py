@@ -127,7 +127,7 @@ def test_fp32_is_finite_at_scale_100_and_bf16_computes_in_fp32() -> None:
         assert torch.equal(found, exact)
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("inner", [InfoNCE(), Sigmoid(chunk=3, bias=-2.0), Distillation("t", kind="margin")], ids=str)
 def test_ranks_equal_one_process(world: int, inner: Loss) -> None:
     table = "teacher" if isinstance(inner, Distillation) else "judged"

@@ -236,7 +236,7 @@ def test_memory_does_not_grow_with_the_number_of_ranks() -> None:
     assert max(run_ranks(_largest, 4, 256, 4)) == 256 * 16
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("options", "valid"),
     [
