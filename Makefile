@@ -13,7 +13,7 @@ OUT       ?=
 JOBS      ?=
 MAX_SIDE  ?=
 SPLIT     ?=
-STUDY     :=
+STUDY     := demo
 SEEDS     :=
 NAME      :=
 K         :=
@@ -54,7 +54,7 @@ mine: setup      ## RUN=runs/... [DATA=shards] [NAME=mined-1] [K=20] [RANKS=10:1
 compare: setup   ## RUNS="runs/a runs/b [other.run]" [SPLIT=test] [OUT=page.html]: runs side by side, tested in pairs
 	@$(MMFUSION) compare $(RUNS) $(if $(SPLIT),--split '$(SPLIT)') $(if $(OUT),--out '$(OUT)') $(ARGS)
 
-study: setup     ## STUDY=demo [DATA=shards] [SEEDS=3] [JOBS=1] [ENCODERS=...] [ARGS="--report-only"]: many arms and seeds, and what they show; goes on where it was stopped
+study: setup     ## [STUDY=demo|paper|...] [DATA=shards] [SEEDS=3] [JOBS=1] [ENCODERS=...] [ARGS="--report-only"]: many arms and seeds, and what they show (demo without STUDY, the study's own seeds without SEEDS); goes on where it was stopped
 	@$(MMFUSION) study --study '$(STUDY)' $(if $(DATA_GIVEN),--data '$(DATA)') $(if $(SEEDS),--seeds='$(SEEDS)') $(if $(JOBS),--jobs='$(JOBS)') $(if $(ENCODERS_GIVEN),--encoders '$(ENCODERS)') $(ARGS)
 
 bench: bench-eval bench-stream bench-import bench-loss  ## every benchmark

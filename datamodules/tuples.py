@@ -198,9 +198,13 @@ class TupleDataModule(ShardsData, LightningDataModule):
         return self.trainer.global_step - done // each, each
 
     def leave_out(self, known: Known | None, until: int) -> None:
-        """See RetrievalData. Set up for fit, or for evaluation alone."""
+        """See RetrievalData."""
         self._left_out.known = None if known is None else KnownReader(self.reader, known)
         self._left_out.until = until
+
+    def leave_out_of_evaluation(self, known: Known | None) -> None:
+        """See RetrievalData. Set up for fit, or for evaluation alone."""
+        self._left_out.evaluation = None if known is None else KnownReader(self.reader, known)
 
     def train_dataloader(self) -> TupleLoader:
         loader = TupleLoader(

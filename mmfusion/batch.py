@@ -154,7 +154,10 @@ class RetrievalData(Protocol):
     hard_sources: list[str]  # what TupleBatch.hard counts: "random" and data.hard_from; empty without hard negatives
     hard_max_gain: float  # the most that those from judgments are worth in the primary label column; 0 without any
     score_tables: list[str]  # the keys of TupleBatch.scores
-    shows: dict[str, Any]  # text_fields, image_size, modalities: with manifest_hash, each product's text and photo
+    # text_fields, image_size, decoding (how photos become pixels), modalities: with manifest_hash, each product's text
+    # and photo. JSON.
+    shows: dict[str, Any]
+    max_broken: float  # of all products, the fraction that may fail
 
     def queries(self) -> int:
         """How many there are, of all splits; their dense ids are 0 ... n - 1."""
@@ -163,19 +166,22 @@ class RetrievalData(Protocol):
         """These products (int64, a rank's own choice), in this order, as evaluation sees them; always with content.
 
         `valid` is False where the sample could not be read. When they are through: warns of what failed, and raises
-        ValueError when it is more than data.max_broken of them.
+        ValueError when it is more than data.max_broken of all products, these or not.
         """
 
     def leave_out(self, known: Known | None, until: int) -> None:
-        """From now on evaluation's batches, and those of training steps below `until`, have no content.
+        """From now on training's batches of steps below `until` have no content; None: all have it again.
 
         `until` counts the run's optimizer steps. Content-free batches are made without reading any shard; in all but
-        text, photo and `shown` they equal those that are read. None: everything has content again. All ranks call it
-        at the same step, at any time; batches that were asked for already, and an evaluation that has begun, keep what
-        they have. So a step that needs content has it always, one that does not may. A training batch is made before
-        its on_train_batch_start. What `known` says could not be read counts as failed in each pass (see failures), as
-        if it were read. Raises ValueError when `known` is of other products.
+        text, photo and `shown` they equal those that are read. All ranks call it at the same step, at any time;
+        batches that were asked for already keep what they have. So a step that needs content has it always, one that
+        does not may. A training batch is made before its on_train_batch_start. What `known` says could not be read
+        counts as failed in each pass (see failures), as if it were read. Raises ValueError when `known` is of other
+        products.
         """
+
+    def leave_out_of_evaluation(self, known: Known | None) -> None:
+        """The same of evaluations that begin from now on; one that has begun keeps what it has."""
 
     def texts(self) -> Iterator[str]:
         """Product texts of trainable products and train queries: what a tokenizer from scratch is trained on."""

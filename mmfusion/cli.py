@@ -35,6 +35,11 @@ def main() -> None:
         sys.exit(2)
     try:
         verbs[verb](rest)
+    except KeyboardInterrupt:
+        if verb != "study" or os.environ.get("MMFUSION_TRACEBACK"):
+            raise
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
     except Exception as raised:
         error = _of_constructor(raised)
         if os.environ.get("MMFUSION_TRACEBACK") or not _is_for_users(error):
@@ -81,15 +86,21 @@ def _parser(verb: str, **arguments: str) -> argparse.ArgumentParser:
 
 def train(argv: list[str]) -> None:
     """An experiment by name: base, encoders and experiment files one over the other, then `fit`."""
+    arguments, shards = fit_arguments(argv)
+    if Path(shards) == DEMO and os.environ.get("LOCAL_RANK", "0") == "0":
+        importer("demo")(DEMO)
+    fit(arguments)
+
+
+def fit_arguments(argv: Sequence[str]) -> tuple[list[str], str]:
+    """What `train` gives to `fit`, and the data's address. Raises FileNotFoundError for a name that there is not."""
     parser = _parser("train", exp="experiment file", encoders="encoders overlay", data="folder of shards")
     parser.set_defaults(exp="", encoders="tiny", data=str(DEMO))
     options, rest = parser.parse_known_args(argv)
     experiment = _named(EXPERIMENTS, options.exp, "EXP", leave_out=("base",))
     overlay = _named(EXPERIMENTS / "encoders", options.encoders, "ENCODERS")
-    if Path(options.data) == DEMO and os.environ.get("LOCAL_RANK", "0") == "0":
-        importer("demo")(DEMO)
     configs = [f"--config={path}" for path in (EXPERIMENTS / "base.yaml", overlay, experiment)]
-    fit([*configs, f"--experiment={options.exp}", f"--data.path={options.data}", *rest])
+    return [*configs, f"--experiment={options.exp}", f"--data.path={options.data}", *rest], options.data
 
 
 def _named(folder: Path, name: str, what: str, leave_out: Sequence[str] = ()) -> Path:
@@ -269,16 +280,17 @@ def study(argv: list[str]) -> None:
     """Trains the arms of a study that are not done yet and writes their report; exit code 1 where one failed."""
     parser = _parser(
         "study",
-        study="file in experiments/studies, or the path of one!",
-        data="folder of shards",
-        seeds="how many, from 1 on; or which, as in 1,4,7",
+        study="file in experiments/studies, or the path of one; demo without",
+        data="folder of shards; the demo's without, and those of the study's runs for a report",
+        seeds="how many, from 1 on; or which, as in 1,4,7; the study's own number without",
         jobs="runs at a time",
         encoders="encoders overlay; the study's own without",
     )
     parser.add_argument("--report-only", action="store_true", help="of what there is, without training")
-    parser.set_defaults(data=str(DEMO), seeds="3", jobs="1")
+    parser.set_defaults(study="demo", jobs="1")
     options, rest = parser.parse_known_args(argv)
     from mmfusion.study.definition import read_study  # noqa: PLC0415
+    from mmfusion.study.diary import recorded  # noqa: PLC0415
     from mmfusion.study.jobs import Plan  # noqa: PLC0415
     from mmfusion.study.runner import run_and_report  # noqa: PLC0415
 
@@ -289,8 +301,13 @@ def study(argv: list[str]) -> None:
         _named(EXPERIMENTS / "encoders", options.encoders, "ENCODERS")
         definition = dataclasses.replace(definition, encoders=options.encoders)
     folder, side_by_side = Path("runs/studies") / definition.name, _count("JOBS", options.jobs)
-    plan = Plan(definition, folder, options.data, _seeds(options.seeds), tuple(rest))
-    if Path(options.data) == DEMO:
+    before = recorded(folder) if options.report_only else {}
+    shards = options.data or before.get("data") or str(DEMO)
+    seeds = _seeds(options.seeds or str(definition.seeds))
+    plan = Plan(
+        definition, folder, shards, seeds, tuple(rest), recorded=None if options.data else before.get("manifest")
+    )
+    if Path(shards) == DEMO and not options.report_only:
         importer("demo")(DEMO)
     sys.exit(run_and_report(plan, side_by_side, options.report_only))
 

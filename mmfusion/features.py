@@ -14,8 +14,7 @@ from mmfusion.cached import in_micro_batches
 from mmfusion.encoders import Encoded, ImageEncoder, TextEncoder
 from mmfusion.encoders.augment import uniforms
 from mmfusion.feature_cache import Stored
-from mmfusion.memo import FeatureMemo, encode_photos, encode_texts, in_parts, keeps, rows_of
-from mmfusion.ranks import checksum
+from mmfusion.memo import FeatureMemo, encode_photos, encode_texts, in_parts, keeps, rows_of, weights_of
 from mmfusion.towers import MODALITIES, ProductTower, QueryTower, View
 
 GATE = "gates/"
@@ -41,6 +40,7 @@ class Features:
         views = [view for view in (query, product.text, product.image) if view is not None]
         self.memos = {view.encoder: FeatureMemo(keep_tokens, limit_gib) for view in views}
         self.keep_tokens, self.limit_gib = keep_tokens, limit_gib
+        self.weights: dict[nn.Module, Tensor] = {}  # of each encoder, the checksum, as `sync` has last found it
         self.stored: dict[str, Stored] = {}  # by side: query, text, image
         self._stored_of: dict[str, Tensor] = {}  # the checksum of the weights that made it
 
@@ -51,10 +51,10 @@ class Features:
         return {side: view.encoder for side, view in views.items() if view is not None}
 
     def use(self, side: str, stored: Stored | None) -> None:
-        """From now on reads what the side's encoder, as it is, gives from `stored`; None: computes it."""
+        """From now on reads what the side's encoder gives, as `sync` found it, from `stored`; None: computes it."""
         self.stored.pop(side, None)
         if stored is not None:
-            self.stored[side], self._stored_of[side] = stored, _weights(self.encoders[side])
+            self.stored[side], self._stored_of[side] = stored, self.weights[self.encoders[side]]
 
     def queries(self, batch: QueryBatch) -> Float[Tensor, "query dim"]:
         """Unit vectors of queries."""
@@ -140,9 +140,10 @@ class Features:
     def sync(self) -> None:
         """Forgets what other weights have made. Called wherever weights may have changed: stages, evaluations."""
         for encoder, memo in self.memos.items():
-            memo.sync(encoder)
+            self.weights[encoder] = weights_of(encoder)
+            memo.sync(self.weights[encoder])
         for side in list(self.stored):
-            if not torch.equal(self._stored_of[side], _weights(self.encoders[side])):
+            if not torch.equal(self._stored_of[side], self.weights[self.encoders[side]]):
                 self.use(side, None)
 
     def release(self) -> None:
@@ -175,10 +176,6 @@ class Features:
             found |= self._gates(projected, present) if with_gates else {}
             parts.append({name: rows[:count] for name, rows in found.items()})
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def _weights(encoder: nn.Module) -> Tensor:
-    return checksum([*encoder.parameters(), *encoder.buffers()]).cpu()
 
 
 def part_of(batch: ProductBatch, rows: slice) -> ProductBatch:

@@ -44,12 +44,11 @@ class FeatureMemo:
         self.kept: Encoded | None = None
         self.weights: Tensor | None = None
 
-    def sync(self, encoder: nn.Module) -> None:
-        """Forgets everything unless the encoder's weights and buffers are those that were used."""
-        now = checksum([*encoder.parameters(), *encoder.buffers()])
-        if self.weights is None or not torch.equal(now, self.weights.to(now.device)):
+    def sync(self, weights: Tensor) -> None:
+        """Forgets everything unless the encoder's weights, by `weights_of`, are those that were used."""
+        if self.weights is None or not torch.equal(weights, self.weights):
             self.clear()
-            self.weights = now
+            self.weights = weights
 
     def __call__(
         self,
@@ -132,6 +131,11 @@ class FeatureMemo:
         self.slot.update(zip(keys, range(count, needed), strict=True))
         self.kept, self.count = kept, needed
         return True
+
+
+def weights_of(encoder: nn.Module) -> Int[Tensor, "tensor"]:
+    """One number for each weight and buffer, on the CPU; equal for equal ones."""
+    return checksum([*encoder.parameters(), *encoder.buffers()]).cpu()
 
 
 def keeps(encoder: nn.Module) -> bool:

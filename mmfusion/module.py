@@ -18,18 +18,26 @@ from mmfusion.contract import refuse_another_run
 from mmfusion.encoders import ImageEncoder, ScratchTextEncoder, TextEncoder
 from mmfusion.feature_cache import CacheOptions
 from mmfusion.feature_cache.cache import FeatureCache
-from mmfusion.feature_cache.uses import Use, sides_used, spans, without_content
+from mmfusion.feature_cache.uses import Use, sides_used, without_content
 from mmfusion.features import Features, after_dropout
 from mmfusion.fusion import FusionHead, Gated
 from mmfusion.optim import Optim
 from mmfusion.reach import reached
-from mmfusion.retrieval.collected import QUERY, Collected, collect, measured_views, vectors_of, with_dims
+from mmfusion.retrieval.collected import (
+    QUERY,
+    Collected,
+    collect,
+    measured_views,
+    photos_dropped,
+    vectors_of,
+    with_dims,
+)
 from mmfusion.retrieval.evaluation import VALIDATION, Evaluation, ViewResult, add_baselines
 from mmfusion.retrieval.examination import Examination
 from mmfusion.retrieval.examples import main_metric
 from mmfusion.retrieval.gates import Weights
 from mmfusion.retrieval.score_fusion import add_score_fusion
-from mmfusion.retrieval.slices import find_columns
+from mmfusion.retrieval.slices import find_columns, stated_columns
 from mmfusion.retrieval.topk import tie_ranks
 from mmfusion.stages import Group, Stage, StagedModule, StagePlan
 from mmfusion.term_checks import check_data, check_terms
@@ -120,7 +128,6 @@ class RetrievalModule(StagedModule):
         self.assigned = optimisation.assign(self, groups, stages, SWITCHABLE)
         self.features = Features(self.query, self.product, memo_gib, micro_batch)
         self.feature_cache = FeatureCache(self.features, cache, compile)
-        self._left_out = 0  # training steps below this one have batches without content
         self.contract: dict[str, Any] = {}
         self.collected: Collected = {}
         self.results: dict[str, dict[str, ViewResult]] = {}
@@ -148,7 +155,9 @@ class RetrievalModule(StagedModule):
                 )
 
     def setup(self, stage: str) -> None:
-        find_columns(self.data, self.evaluation.slices)  # a wrong name is told before training, not after
+        # a wrong name is told before training, not after
+        find_columns(self.data, self.evaluation.slices)
+        stated_columns(self.data, self.evaluation.stated)
         if stage == "fit":
             check_data(self.stages, self.losses, self.data)
         views = filter(None, (self.query, self.product.text, self.product.image))
@@ -231,36 +240,25 @@ class RetrievalModule(StagedModule):
 
     def on_stage(self, index: int) -> None:
         super().on_stage(index)
-        self.features.sync()
         uses = self._uses()
-        self.feature_cache.enter(uses[index].stage, uses[index].sides, self.trainer, self.data)
+        self.feature_cache.enter(uses[index], self.trainer, self.data)
         stored, encoders = set(self.features.stored), self.features.encoders
         until = without_content(uses, index, self.stage_plan.ends, encoders, stored)
-        self._left_out = until if until > self.trainer.global_step else 0
-        self._leave_out(self._left_out > 0)
+        known = self.feature_cache.known(self.data) if until > self.trainer.global_step else None
+        self.data.leave_out(known, until)
 
     # ---- feature cache -----------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
         """Raises ValueError, before the first step, where the run's features take more than their limit."""
-        self._leave_out(False)
-        uses = self._uses()
-        found = {side: spans(uses, side, encoder) for side, encoder in self.features.encoders.items()}
-        self.feature_cache.announce(found, self.trainer, self.data)
+        self.data.leave_out(None, 0)
+        self.feature_cache.announce(self._uses(), self.trainer, self.data)
 
     def on_validation_start(self) -> None:
-        self._leave_out(self.feature_cache.look(self.trainer, self.data))
+        whole = self.feature_cache.look(self.trainer, self.data)
+        self.data.leave_out_of_evaluation(self.feature_cache.known(self.data) if whole else None)
 
-    def on_validation_end(self) -> None:
-        self._leave_out(self._left_out > 0)
-
-    def on_test_start(self) -> None:
-        self._left_out = 0
-        self._leave_out(self.feature_cache.look(self.trainer, self.data))
-
-    def _leave_out(self, known: bool) -> None:
-        """Whether batches have no content, from now on: in evaluation all, in training those before a step."""
-        self.data.leave_out(self.feature_cache.known() if known else None, self._left_out)
+    on_test_start = on_validation_start
 
     def _with_content(self, batch: TupleBatch) -> TupleBatch:
         """The batch, or its first two tuples where it has none."""
@@ -271,12 +269,12 @@ class RetrievalModule(StagedModule):
         return dataclasses.replace(batch, query=query, product=product)
 
     def _uses(self) -> list[Use]:
-        """Of each stage, in order, as its losses and rates have it."""
+        """Of each stage, in order, as its losses and rates have it. An encoder without weights is never frozen."""
         names = {parameter: name for name, parameter in self.named_parameters()}
 
         def trains(encoder: nn.Module, stage: Stage) -> bool:
             groups = {self.assigned[names[parameter]] for parameter in encoder.parameters()}
-            return any(optimisation.rate_of(self.groups, stage, group) != "frozen" for group in groups)
+            return not groups or any(optimisation.rate_of(self.groups, stage, group) != "frozen" for group in groups)
 
         uses = []
         for name, stage in self.stages.items():
@@ -316,11 +314,9 @@ class RetrievalModule(StagedModule):
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self.features.sync()
         self.collected, self.examination = {name: {} for name in self.data.val_loaders}, None
 
     def on_test_epoch_start(self) -> None:
-        self.features.sync()
         self.collected = {name: {} for name in self.data.test_loaders}
         examines = self.examines and "fused" in self.product.views
         self.examination = Examination(self.data.product_ids(), self.evaluation.drop_photos) if examines else None
@@ -367,11 +363,10 @@ class RetrievalModule(StagedModule):
     def _evaluate(self, options: Evaluation, intervals: bool = True) -> Int[Tensor, "catalogue"]:
         """Fills `results[split][view]` and `dropped`, equal on every rank; returns the order of ties."""
         tie = tie_ranks(self.data.product_ids())
-        hidden = self.examination.hidden if self.examination else {}
-        vectors, views = vectors_of(self.collected), self.searched | dict.fromkeys(hidden)
-        self.results = measured_views(vectors, views, self.data, tie, options, intervals)
-        self.dropped = {split: {name: found.pop(name) for name in hidden} for split, found in self.results.items()}
-        self.gate_weights = self.examination.weights() if self.examination else {}
+        vectors, examined = vectors_of(self.collected), self.examination
+        self.results = measured_views(vectors, self.searched, self.data, tie, options, intervals)
+        self.dropped = photos_dropped(vectors, examined, self.data, tie, options) if examined else {}
+        self.gate_weights = examined.weights() if examined else {}
         if options.baselines and self.results:
             judged = {split: self.data.judgments(split) for split in self.results}
             self.score_fusion_weight = add_score_fusion(

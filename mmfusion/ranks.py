@@ -17,7 +17,7 @@ def checksum(tensors: Iterable[Tensor]) -> Int[Tensor, "tensor"]:
     for tensor in tensors:
         bits = tensor.detach().contiguous().view(BITS[tensor.element_size()]).flatten().long()
         sums.append((bits * (2 * torch.arange(len(bits), device=bits.device) + 1)).sum())
-    return torch.stack(sums)
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64)
 
 
 def has_ranks() -> bool:

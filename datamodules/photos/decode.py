@@ -15,6 +15,8 @@ from torch import Tensor
 
 Content = bytes | memoryview  # a photo within a larger read need not be copied out of it
 
+DECODING = 1  # raised by whoever makes decode_photo give other pixels: what was made of the old ones is not used then
+
 # Pillow knows some forty formats, one of which starts Ghostscript: only those that shops use are decoded.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 64_000_000  # of the file as stored, from its header: 64 million pixels are 192 MB decoded

@@ -111,11 +111,13 @@ class KnownReader:
 class LeftOut:
     """Which batches have no content: one for all loaders of a datamodule, that look here whenever they make one.
 
-    `known` makes those of evaluation, and those of optimizer steps below `until`; None: all have content.
+    `known` makes those of training's optimizer steps below `until`, `evaluation` those of evaluation; None: all have
+    content.
     """
 
     known: KnownReader | None = None
     until: int = 0
+    evaluation: KnownReader | None = None
 
     def shown_from(self, begun: int, each: int) -> int:
         """The first batch with content, of an epoch that begins at optimizer step `begun`, of `each` batches a step."""

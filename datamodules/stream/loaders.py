@@ -260,7 +260,7 @@ class CorpusLoader:
 
     def __iter__(self) -> Iterator[ProductBatch]:
         self.failures = self._counting()
-        known, failures = self.left_out.known, self.failures  # asked with the first batch
+        known, failures = self.left_out.evaluation, self.failures  # asked with the first batch
         yield from self._read_all(failures) if known is None else self._known(known, failures)
 
     def _known(self, known: KnownReader, failures: Failures) -> Iterator[ProductBatch]:

@@ -4,6 +4,7 @@ import difflib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from jaxtyping import Float32, Int64
 
 from datamodules.manifest import PairKind, pair_file
 from datamodules.pair_tables import RESERVED, write_pair_table
-from datamodules.photos.decode import PhotoError, thumbnail
+from datamodules.photos.decode import DECODING, PhotoError, thumbnail
 from datamodules.plan import draws
 from datamodules.shards import ShardError, Shards
 from datamodules.stores.store import LocalStore, shown
@@ -20,6 +21,8 @@ from datamodules.stream.batches import Look, Reader
 from datamodules.stream.failures import Failed, Failures
 from datamodules.stream.loaders import EVALUATION, CorpusLoader, Share
 from mmfusion.batch import Judgments, ProductBatch
+
+DECODERS = ("simplejpeg", "pillow")  # torch resizes; mmfusion names its version
 
 
 class ShardsData:
@@ -50,13 +53,14 @@ class ShardsData:
         return batch
 
     def product_batches(self, ids: Int64[np.ndarray, "product"]) -> Iterator[ProductBatch]:
-        """Raises ValueError as soon as more failed than data.max_broken of them."""
+        """Raises ValueError as soon as more of these failed than data.max_broken of all products."""
         loader = CorpusLoader(
             self.reader,
             Share(ids, np.ones(len(ids), bool)),
             self.eval_batch_size,
             self.seed,
             self.workers,
+            products=len(self.shards),
             max_broken=self.max_broken,
             what="products",
             mark_unread=True,
@@ -68,7 +72,8 @@ class ShardsData:
     def shows(self) -> dict[str, Any]:
         modalities = [name for name, shown in (("text", self.look.text), ("image", self.look.image)) if shown]
         fields, size = list(self.look.text_fields), list(self.look.image_size)
-        return {"text_fields": fields, "image_size": size, "modalities": modalities}
+        decoding = {"decode_photo": DECODING} | {name: version(name) for name in DECODERS}
+        return {"text_fields": fields, "image_size": size, "modalities": modalities, "decoding": decoding}
 
     def queries(self) -> int:
         return len(self.shards.queries)

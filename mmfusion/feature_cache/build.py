@@ -1,86 +1,60 @@
-"""Fills feature folders: each product and query once, in the memo's own batches, the parts dealt out to ranks.
+"""Fills feature folders: each product and query once, in the memo's own batches, by all ranks and runs that need it.
 
 So what is stored is what a memo would keep, bit for bit, and what one rank writes is what another one would.
 """
 
+import itertools
 import secrets
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from functools import partial
 from itertools import groupby
-from operator import itemgetter
+from operator import attrgetter
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int64
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from mmfusion.batch import ProductBatch, RetrievalData
-from mmfusion.encoders import Encoded, ImageEncoder, TextEncoder
-from mmfusion.feature_cache.store import FeatureFolder
+from mmfusion.encoders import Encoded
+from mmfusion.feature_cache.todo import Advance, Claimed, Encode, Job, Limit, Outputs, Table, Todo
 from mmfusion.features import part_of
-from mmfusion.memo import FeatureMemo, encode_photos, encode_texts, joined
+from mmfusion.memo import joined
 from mmfusion.retrieval.ranking import gathered, process
 
-Table = Literal["products", "queries"]
-Advance = Callable[[int], object]
+__all__ = ["Advance", "Counting", "Job", "Table", "build", "crew", "together"]
+
 Counting = Callable[[str, int, str], AbstractContextManager[Advance]]
-Outputs = list[tuple[FeatureFolder, Encoded]]
+Ids = Int64[np.ndarray, "product"]
 Result = TypeVar("Result")
 QUERIES_AT_ONCE = 1024
-
-
-@dataclass(frozen=True)
-class Job:
-    """An encoder, in eval mode, whose outputs over a table are to lie in `folder`; `memo` is what it goes through."""
-
-    encoder: TextEncoder | ImageEncoder
-    table: Table
-    folder: FeatureFolder
-    memo: FeatureMemo
-
-    def of_texts(self, texts: list[str]) -> Encoded:
-        assert isinstance(self.encoder, TextEncoder)
-        return _on_cpu(encode_texts(self.memo, self.encoder, texts))
-
-    def of_products(self, batch: ProductBatch) -> Encoded:
-        if isinstance(self.encoder, TextEncoder):
-            return self.of_texts(batch.text)
-        return _on_cpu(encode_photos(self.memo, self.encoder, batch.photo, batch.draw))
-
-
-Parts = Mapping[range, Sequence[Job]]  # the rows of a part, and which jobs lack it
-
-
-class UnreadableError(ValueError):
-    """More products failed than the data's options allow."""
+ROUND = 60.0  # seconds
 
 
 def build(jobs: Sequence[Job], data: RetrievalData, device: torch.device, counting: Counting) -> None:
     """Writes what is missing of the jobs' folders and finishes them; what an interrupted build left is gone on with.
 
+    Products that could not be read when their part was written are read once more. Ranks and other runs that fill the
+    same folders share the work, part by part.
+
     counting: of what is done, how much there is and its unit, a context that gives a function to advance by.
-    All ranks call this at once; where one fails, all raise. Raises UnreadableError where too many products cannot be
-    read; nothing is left of their outputs then, or the next build would not hear of it.
+    All ranks call this at once; where one fails, all raise. Raises ValueError where more than data.max_broken of all
+    products cannot be read.
     """
-    rank, ranks = crew(jobs[0].folder.folder.parent)
     for table in ("queries", "products"):
         some = [job for job in jobs if job.table == table]
-        missing = _missing(some)
-        own = {rows: missing[rows] for rows in list(missing)[rank::ranks]}
-        with counting(f"feature cache: {table}", sum(map(len, own)), table.rstrip("s")) as advance:
-            parts = _products(own, data, device, advance) if table == "products" else _queries(own, data, advance)
-            try:
-                for _ in range(max(gathered(len(own))) + 1):  # one more: its end says how much could not be read
-                    together(partial(_write_next, parts))
-            except UnreadableError:
-                for job in some:
-                    shutil.rmtree(job.folder.folder, ignore_errors=True)
-                raise
+        if not some:
+            continue
+        if table == "products":
+            _read_again(some, data, device)
+        todo = together(partial(Todo, some, Limit(data)))
+        with counting(f"feature cache: {table}", sum(map(len, todo.left)), table.rstrip("s")) as advance:
+            _in_rounds(todo.written(_products(data, device) if table == "products" else _queries(data), advance))
     together(lambda: [job.folder.finish() for job in jobs])
 
 
@@ -117,71 +91,124 @@ def together(work: Callable[[], Result]) -> Result:
     return result
 
 
-def _missing(jobs: Sequence[Job]) -> dict[range, list[Job]]:
-    """In the order of rows, the same on every rank: nobody writes before all have looked."""
-    every = gathered([[(rows.start, rows.stop) for rows in job.folder.missing()] for job in jobs])
-    lacking: dict[tuple[int, int], list[Job]] = {}
-    for place, job in enumerate(jobs):
-        for part in {part for of_rank in every for part in of_rank[place]}:
-            lacking.setdefault(part, []).append(job)
-    return {range(*part): lacking[part] for part in sorted(lacking)}
+def _in_rounds(parts: Generator[None, None, None]) -> None:
+    """Goes through `parts` on all ranks; where one fails, all raise within a minute.
+
+    Ranks meet each minute, not at the end, so that nobody waits longer for another than a process group allows.
+    """
+    with closing(parts):
+        while not all(gathered(together(partial(_round, parts)))):
+            pass
 
 
-def _write_next(parts: Iterator[tuple[range, Outputs, Bool[Tensor, "row 3"] | None]]) -> None:
-    for rows, outputs, flags in parts:
-        for folder, encoded in outputs:
-            folder.write(rows, encoded, flags)
-        return
+def _round(parts: Iterator[None]) -> bool:
+    """Whether it came to the end."""
+    end = time.monotonic() + ROUND
+    return all(time.monotonic() < end for _ in parts)
 
 
-def _lacking(rows: range, jobs: Sequence[Job]) -> list[Job]:
-    """Those whose part no other process has written by now."""
-    return [job for job in jobs if not job.folder.has(rows)]
+# ---- the encoders ----------------------------------------------------------------------------------------------------
 
 
-def _queries(parts: Parts, data: RetrievalData, advance: Advance) -> Iterator[tuple[range, Outputs, None]]:
-    for rows, jobs in parts.items():
-        lacking, found = _lacking(rows, jobs), list[list[Encoded]]()
-        for start in range(rows.start, rows.stop, QUERIES_AT_ONCE):
-            texts = data.query_texts(np.arange(start, min(start + QUERIES_AT_ONCE, rows.stop)))
-            found.append([job.of_texts(texts) for job in lacking])
-            advance(len(texts))
-        yield rows, _outputs(lacking, found), None
+def _queries(data: RetrievalData) -> Encode:
+    def encode(claims: Sequence[Claimed]) -> Iterator[tuple[Claimed, int, Outputs | None]]:
+        for claim in claims:
+            found = list[list[Encoded]]()
+            for start in range(claim.rows.start, claim.rows.stop, QUERIES_AT_ONCE):
+                texts = data.query_texts(np.arange(start, min(start + QUERIES_AT_ONCE, claim.rows.stop)))
+                found.append([job.of_texts(texts) for job in claim.jobs])
+                yield claim, len(texts), None
+            yield claim, 0, (_joined(found), None)
+
+    return encode
 
 
-def _products(
-    parts: Parts, data: RetrievalData, device: torch.device, advance: Advance
-) -> Iterator[tuple[range, Outputs, Bool[Tensor, "row 3"]]]:
-    for rows, pieces in groupby(_pieces(parts, data), itemgetter(0)):
-        lacking, found, flags = _lacking(rows, parts[rows]), list[list[Encoded]](), list[Tensor]()
-        for _, piece in pieces:
-            found.append([job.of_products(piece.to(device)) for job in lacking])
-            flags.append(torch.cat([piece.present, piece.valid[:, None]], 1))
-            advance(len(piece.id))
-        yield rows, _outputs(lacking, found), torch.cat(flags)
+def _products(data: RetrievalData, device: torch.device) -> Encode:
+    def encode(claims: Sequence[Claimed]) -> Iterator[tuple[Claimed, int, Outputs | None]]:
+        for _, pieces in groupby(_pieces(claims, data), lambda piece: id(piece[0])):
+            found, flags = list[list[Encoded]](), list[Tensor]()
+            for claim, piece in pieces:
+                found.append([job.of_products(piece.to(device)) for job in claim.jobs])
+                flags.append(_flags(piece))
+                yield claim, len(piece.id), None
+            yield claim, 0, (_joined(found), torch.cat(flags))
+
+    return encode
 
 
-def _pieces(parts: Parts, data: RetrievalData) -> Iterator[tuple[range, ProductBatch]]:
+def _pieces(claims: Sequence[Claimed], data: RetrievalData) -> Iterator[tuple[Claimed, ProductBatch]]:
     """Batches cut where a part ends, in order."""
-    left, done = list(parts), 0
-    if not left:
+    left, done = list(claims), 0
+    for batch in data.product_batches(np.concatenate([np.array(claim.rows) for claim in claims])):
+        start = 0
+        while start < len(batch.id):
+            take = min(len(left[0].rows) - done, len(batch.id) - start)
+            yield left[0], part_of(batch, slice(start, start + take))
+            start, done = start + take, done + take
+            if done == len(left[0].rows):
+                left, done = left[1:], 0
+
+
+def _flags(batch: ProductBatch) -> Bool[Tensor, "product 3"]:
+    return torch.cat([batch.present, batch.valid[:, None]], 1)
+
+
+def _joined(found: Sequence[Sequence[Encoded]]) -> list[Encoded]:
+    """By job, what it gave for one piece after the other."""
+    return [joined(pieces) for pieces in zip(*found, strict=True)]
+
+
+# ---- products that could not be read ---------------------------------------------------------------------------------
+
+
+def _read_again(jobs: Sequence[Job], data: RetrievalData, device: torch.device) -> None:
+    """Those of parts that are there: the shard may be back, the network be up. What is read now is encoded.
+
+    Nothing is encoded where nothing has changed, as of a sample that is broken for good.
+    """
+    every = together(lambda: _unread(jobs))
+    if not any(gathered(len(every))):
         return
-    try:
-        for batch in data.product_batches(np.concatenate([np.arange(rows.start, rows.stop) for rows in left])):
-            start = 0
-            while start < len(batch.id):
-                take = min(len(left[0]) - done, len(batch.id) - start)
-                yield left[0], part_of(batch, slice(start, start + take))
-                start, done = start + take, done + take
-                if done == len(left[0]):
-                    left, done = left[1:], 0
-    except ValueError as error:
-        raise UnreadableError(str(error)) from error
+    rank, ranks = crew(jobs[0].folder.folder.parent)
+    own = {rows: every[rows] for rows in list(every)[rank::ranks]}
+    folders = " and ".join(str(job.folder.folder) for job in jobs)
+    count = sum(map(len, every.values()))
+    rank_zero_info(f"feature cache: {count:,} products could not be read when {folders} was made: reads them again")
+    read: list[int] = []
+    _in_rounds(_put_right(own, jobs, data, device, read))
+    now = len(set(itertools.chain(*gathered(read))))
+    rank_zero_info(f"feature cache: {now:,} of {count:,} products could be read this time, and are in {folders} now")
 
 
-def _outputs(jobs: Sequence[Job], found: Sequence[Sequence[Encoded]]) -> Outputs:
-    return [(job.folder, joined([some[place] for some in found])) for place, job in enumerate(jobs)]
+def _unread(jobs: Sequence[Job]) -> dict[range, Ids]:
+    """Dense ids of products, by the part where they are marked as not read, in any of the folders."""
+    found: dict[range, set[int]] = {}
+    for job in jobs:
+        for rows in job.folder.there():
+            flags = job.folder.flags(rows)
+            assert flags is not None, "of products"
+            found.setdefault(rows, set()).update((rows.start + (~flags[:, 2]).nonzero()[:, 0]).tolist())
+    return {rows: np.array(sorted(found[rows])) for rows in sorted(found, key=attrgetter("start")) if found[rows]}
 
 
-def _on_cpu(encoded: Encoded) -> Encoded:
-    return Encoded(*(getattr(encoded, part.name).cpu() for part in fields(Encoded)))
+def _put_right(
+    unread: Mapping[range, Ids], jobs: Sequence[Job], data: RetrievalData, device: torch.device, read: list[int]
+) -> Generator[None, None, None]:
+    """Adds to `read` what can be read."""
+    if not unread:
+        return
+    readable = list[int]()
+    for batch in data.product_batches(np.concatenate(list(unread.values()))):
+        readable += batch.id[batch.valid].tolist()
+        yield
+    for rows, ids in unread.items():
+        now = ids[np.isin(ids, readable)]
+        batches = list(data.product_batches(now)) if len(now) else []
+        if batches and all(bool(batch.valid.all()) for batch in batches):
+            places, flags = torch.from_numpy(now - rows.start), torch.cat([_flags(batch) for batch in batches])
+            for job in jobs:
+                if job.folder.has(rows):
+                    encoded = joined([job.of_products(batch.to(device)) for batch in batches])
+                    job.folder.replace(rows, places, encoded, flags)
+            read += now.tolist()
+        yield

@@ -1,9 +1,11 @@
 """The feature cache of a run: opens or builds what a stage uses, says so, and knows when batches need no content."""
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,18 +17,20 @@ from mmfusion.batch import Known, RetrievalData
 from mmfusion.encoders import TextEncoder
 from mmfusion.feature_cache.build import Advance, Job, Table, build, crew, together
 from mmfusion.feature_cache.identity import described
+from mmfusion.feature_cache.plain import NoIdentityError
 from mmfusion.feature_cache.room import CacheOptions, make_room
 from mmfusion.feature_cache.store import VERSION, FeatureFolder, bytes_needed, folder_of
 from mmfusion.feature_cache.stored import Stored, open_stored
-from mmfusion.feature_cache.uses import PRODUCT
+from mmfusion.feature_cache.uses import PRODUCT, Use, spans
 from mmfusion.features import Features
 from mmfusion.memo import ROWS, FeatureMemo, encode_photos, encode_texts
 from mmfusion.progress import RunProgress
-from mmfusion.ranks import checksum
 from mmfusion.retrieval.ranking import gathered
 
 TABLES: dict[str, Table] = {"query": "queries", "text": "products", "image": "products"}
 NAMES = {"query": "query.encoder", "text": "product.text.encoder", "image": "product.image.encoder"}
+SHOWN = {"text": ("text_fields",), "image": ("image_size", "decoding")}  # of data.shows, what a side is given
+LIBRARIES = {name: version(name) for name in ("torch", "transformers", "timm")}
 GIB = 2**30
 
 
@@ -54,6 +58,7 @@ class FeatureCache:
         self._rows: dict[nn.Module, Row] = {}
         self._described: dict[nn.Module, tuple[Tensor, dict[str, Any]]] = {}
         self._said: set[str] = set()
+        self._read_again: set[Path] = set()  # folders whose unreadable products this run has tried
 
     @property
     def off(self) -> bool:
@@ -61,18 +66,30 @@ class FeatureCache:
 
     # ---- before the first step ---------------------------------------------------------------------------------------
 
-    def announce(self, spans: Mapping[str, Sequence[tuple[str, str]]], trainer: Trainer, data: RetrievalData) -> None:
-        """Tells, by side and span of stages, what will be stored. Raises ValueError where it is more than the limit."""
+    def announce(self, uses: Sequence[Use], trainer: Trainer, data: RetrievalData) -> None:
+        """Tells, by side and span of stages, what will be stored, or lies there already.
+
+        Raises ValueError where all that the run stores is more than the limit.
+        """
+        self.features.sync()
         if self.off:
             return
+        self._rows.clear()  # of a fit before, with another precision or tokenizer
+        self._described.clear()
         total = 0
-        for side, stretches in spans.items():
-            for first, last in stretches:
+        for side, encoder in self.features.encoders.items():
+            if (reason := self._no_identity(side)) is not None:
+                self._say(f"{NAMES[side]}: never: {reason}")
+                continue
+            for first, last in spans(uses, side, encoder):
                 needed = self._needed(side, trainer, data)
                 total += needed
+                names = [use.stage for use in uses]
+                changed = any(encoder in use.trains for use in uses[: names.index(first)])
+                found = None if changed else self._found(side, trainer, data)
+                there = f"{_gib(needed)} in {self.options.root()}" if found is None else f"already in {found.folder}"
                 stages = f"stage {first}" if first == last else f"stages {first} to {last}"
-                told = f"{_gib(needed)} in {self.options.root()}; used in {stages}"
-                rank_zero_info(f"feature cache: {NAMES[side]}: {_count(data, side)}, {told}")
+                rank_zero_info(f"feature cache: {NAMES[side]}: {_count(data, side)}, {there}; used in {stages}")
         if total > self.options.limit_gib * GIB:
             raise ValueError(
                 f"the feature cache of this run takes {_gib(total)}, and model.cache.limit_gib is "
@@ -81,21 +98,28 @@ class FeatureCache:
 
     # ---- stages and evaluations --------------------------------------------------------------------------------------
 
-    def enter(self, stage: str, sides: Set[str], trainer: Trainer, data: RetrievalData) -> None:
+    def enter(self, use: Use, trainer: Trainer, data: RetrievalData) -> None:
         """Has the outputs of the encoders that are frozen now for the sides that a stage uses: opened, or built.
 
-        All ranks call this at once. Raises ValueError where there is no room.
+        What `announce` did not tell is never built. All ranks call this at once. Raises ValueError where there is no
+        room.
         """
+        self.features.sync()
         if self.off:
             return
-        for side in self._sides(sides):
-            if reason := why_not(self.features.encoders[side]):
+        self._forget_others(trainer, data)
+        reasons = {side: self._why_not(side, use) for side in self.features.encoders if side in use.sides}
+        for side, reason in reasons.items():
+            if reason is not None:
                 self.features.use(side, None)
-                self._say(f"{NAMES[side]}: not in stage {stage}: {reason}")
-        wanted = [side for side in self._sides(sides) if not why_not(self.features.encoders[side])]
-        self._open([side for side in wanted if side not in self.features.stored], trainer, data)
+                self._say(f"{NAMES[side]}: not in stage {use.stage}: {reason}")
+        wanted = [side for side, reason in reasons.items() if reason is None]
+        self._open([side for side in wanted if side not in self.features.stored], trainer, data, can_build=True)
         if lacking := [side for side in wanted if side not in self.features.stored]:
             self._build(lacking, trainer, data)
+        shown = [NAMES[side] for side in reasons if side in PRODUCT and side not in self.features.stored]
+        if shown and wanted:
+            self._say(f"stage {use.stage} still reads texts and photos, for {' and '.join(shown)}")
         for encoder in {encoder for side, encoder in self.features.encoders.items() if side in self.features.stored}:
             if all(side in self.features.stored for side in self._sides_of(encoder)):
                 self.features.memos[encoder].clear()
@@ -105,9 +129,10 @@ class FeatureCache:
 
         Builds nothing. All ranks call this at once.
         """
+        self.features.sync()
         if self.off:
             return False
-        self.features.sync()
+        self._forget_others(trainer, data)
         own = self.features.encoders
         closed = [side for side in own if side not in self.features.stored]
         if trainer.training or trainer.validating or trainer.sanity_checking:  # what trains has never been stored
@@ -115,23 +140,55 @@ class FeatureCache:
         self._open(closed, trainer, data)
         return all(side in self.features.stored for side in PRODUCT if side in own)
 
-    def known(self) -> Known:
-        """What the stored outputs of products tell of them."""
-        flags = [stored.flags for side in PRODUCT if (stored := self.features.stored.get(side)) is not None]
-        text, image = flags[0], flags[-1]
-        assert text is not None
-        assert image is not None
-        return Known(torch.stack([text[:, 0], image[:, 1]], 1), text[:, 2] & image[:, 2])
+    def known(self, data: RetrievalData) -> Known:
+        """What the stored outputs of products tell of them: each of its own modality, which it has in its key.
+
+        A modality that no stored output is of is taken to be there where the data show it and the index has it.
+        """
+        flags = {side: self.features.stored[side].flags for side in PRODUCT if side in self.features.stored}
+        assert flags
+        there = {"text": torch.ones(_size(data, "text"), dtype=torch.bool), "image": torch.from_numpy(data.has_photo())}
+        columns, readable = [], torch.ones_like(there["text"])
+        for column, side in enumerate(PRODUCT):
+            own = flags.get(side)
+            columns.append(there[side] & (side in data.shows["modalities"]) if own is None else own[:, column])
+            readable = readable if own is None else readable & own[:, 2]
+        return Known(torch.stack(columns, 1), readable)
 
     # ---- folders -----------------------------------------------------------------------------------------------------
 
-    def _open(self, sides: Sequence[str], trainer: Trainer, data: RetrievalData) -> None:
-        """Those that all ranks see."""
-        found: dict[str, Stored] = {}
-        for side in sides:
-            key = self._key(side, trainer, data)
-            if (stored := open_stored(folder_of(self.options.root(), key), key)) is not None:
-                found[side] = stored
+    def _no_identity(self, side: str) -> str | None:
+        """Why it cannot be told whose outputs a side's are, if so: they are neither read nor stored then."""
+        try:
+            self._description(self.features.encoders[side])
+        except NoIdentityError as error:
+            return str(error)
+        return None
+
+    def _forget_others(self, trainer: Trainer, data: RetrievalData) -> None:
+        """Of what is open, what was made from other data, or by other means: a fit may be followed by another one."""
+        for side, stored in list(self.features.stored.items()):
+            if stored.folder != folder_of(self.options.root(), self._key(side, trainer, data)):
+                self.features.use(side, None)
+
+    def _found(self, side: str, trainer: Trainer, data: RetrievalData) -> Stored | None:
+        if self._no_identity(side) is not None:
+            return None
+        key = self._key(side, trainer, data)
+        return open_stored(folder_of(self.options.root(), key), key)
+
+    def _open(self, sides: Sequence[str], trainer: Trainer, data: RetrievalData, can_build: bool = False) -> None:
+        """Those that all ranks see; where it can be built, not those, once per run, that lack unreadable products."""
+
+        def look() -> dict[str, Stored]:
+            every = {side: self._found(side, trainer, data) for side in sides}
+            return {side: stored for side, stored in every.items() if stored is not None}
+
+        found = together(look)
+        if can_build:
+            lacks = {side for side, stored in found.items() if stored.unread and stored.folder not in self._read_again}
+            self._read_again |= {found[side].folder for side in lacks}
+            found = {side: stored for side, stored in found.items() if side not in lacks}
         for side in sorted(set.intersection(*map(set, gathered(sorted(found))))):
             self.features.use(side, found[side])
             told = f"{_count(data, side)}, {_gib(found[side].bytes)}, read from {found[side].folder}"
@@ -146,12 +203,15 @@ class FeatureCache:
             encoder: FeatureMemo(self.features.keep_tokens, self.features.limit_gib * isinstance(encoder, TextEncoder))
             for encoder in map(self.features.encoders.__getitem__, sides)
         }
-        jobs = {}
-        for side, key in keys.items():
-            folder = folder_of(self.options.root(), key)
-            whole = FeatureFolder(folder, key, _size(data, side), self.features.keep_tokens)
-            jobs[side] = Job(self.features.encoders[side], TABLES[side], whole, memos[self.features.encoders[side]])
-            self._say(f"{NAMES[side]}: encodes {_count(data, side)} into {folder}")
+
+        def made(side: str) -> Job:
+            folder, encoder = folder_of(self.options.root(), keys[side]), self.features.encoders[side]
+            whole = FeatureFolder(folder, keys[side], _size(data, side), self.features.keep_tokens)
+            if whole.missing():
+                self._say(f"{NAMES[side]}: encodes {_count(data, side)} into {folder}; not with model.cache.use=off")
+            return Job(encoder, TABLES[side], whole, memos[encoder])
+
+        jobs = together(lambda: {side: made(side) for side in keys})
         with computing(trainer):
             build(list(jobs.values()), data, trainer.strategy.root_device, _counting(trainer))
         for side, job in jobs.items():
@@ -178,22 +238,26 @@ class FeatureCache:
             self._say(f"deleted the least recently used {folder}, to make room")
 
     def _key(self, side: str, trainer: Trainer, data: RetrievalData) -> dict[str, Any]:
-        """All that the outputs depend on; what products show does not touch queries."""
+        """All that the outputs depend on; of what products show, what the side is given."""
         return {
             "store": VERSION,
             "manifest": data.manifest_hash,
             "table": TABLES[side],
-            "shows": data.shows if TABLES[side] == "products" else {},
+            "shows": {name: data.shows[name] for name in SHOWN[side]} | {"at all": side in data.shows["modalities"]}
+            if side in PRODUCT
+            else {},
             "encoder": self._description(self.features.encoders[side]),
             "precision": str(trainer.precision),
             "device": trainer.strategy.root_device.type,
             "compiled": self.compiled,
+            "matmul": torch.get_float32_matmul_precision(),
+            "libraries": LIBRARIES,
             "tokens": self.features.keep_tokens,
         }
 
     def _description(self, encoder: nn.Module) -> dict[str, Any]:
         """Anew only where the weights have changed."""
-        now = checksum([*encoder.parameters(), *encoder.buffers()]).cpu()
+        now = self.features.weights[encoder]
         before = self._described.get(encoder)
         if before is None or not torch.equal(before[0], now):
             self._described[encoder] = before = now, described(encoder)
@@ -222,8 +286,12 @@ class FeatureCache:
             self._rows[encoder] = Row(width, encoded.pooled.element_size(), tokens, token_width)
         return self._rows[encoder]
 
-    def _sides(self, sides: Set[str]) -> list[str]:
-        return [side for side in self.features.encoders if side in sides]
+    def _why_not(self, side: str, use: Use) -> str | None:
+        """Why a side's outputs cannot be stored in a stage, if so; the same as `uses.spans` has it."""
+        encoder = self.features.encoders[side]
+        if (reason := why_not(encoder)) is None and encoder in use.trains:
+            return "its rates train parts that no loss reaches; give them the rate frozen"
+        return reason or self._no_identity(side)
 
     def _sides_of(self, encoder: nn.Module) -> list[str]:
         return [side for side, other in self.features.encoders.items() if other is encoder]
@@ -236,6 +304,8 @@ class FeatureCache:
 
 def why_not(encoder: nn.Module) -> str | None:
     """Why an encoder's outputs cannot be stored now, if so."""
+    if not any(True for _ in encoder.parameters()):
+        return "it has no weights to freeze"
     if any(p.requires_grad for p in encoder.parameters()):
         return "it trains"
     training = [name for name, part in encoder.named_modules() if part.training]

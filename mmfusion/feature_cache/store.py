@@ -9,13 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mmfusion.encoders import Encoded
-from mmfusion.feature_cache.held import Held
+from mmfusion.feature_cache.held import CLAIM, Claim, Held, changing
 from mmfusion.feature_cache.identity import digest
-from mmfusion.feature_cache.part import PARTIAL, DamagedPartError, Replacing, checked, claimed, header_of, write_part
+from mmfusion.feature_cache.part import (
+    PARTIAL,
+    DamagedPartError,
+    Replacing,
+    checked,
+    claimed,
+    header_of,
+    mapped,
+    typed,
+    write_part,
+)
 from mmfusion.feature_cache.stored import COMPLETE, DESCRIPTION, Stored, open_stored, part_name, require_description
 
 VERSION = 1  # of the files and of what encoders compute; belongs into every description
@@ -53,7 +63,7 @@ class FeatureFolder:
             if not (folder / DESCRIPTION).exists():
                 with Replacing(folder / DESCRIPTION) as file:
                     file.write(json.dumps(description, indent=1).encode())
-        require_description(folder, description)
+            require_description(folder, description)
 
     def missing(self) -> list[range]:
         """The rows of each part that is not there yet, or damaged, in order.
@@ -61,7 +71,7 @@ class FeatureFolder:
         Reads every part whole once, to compare its hash; nothing where the folder is complete. Raises ValueError
         where the parts there are of another number of rows, of another size, or with tokens instead of without.
         """
-        return [] if self.stored() else [rows for rows in self._parts() if not self._is_whole(rows)]
+        return [] if self.stored() else [rows for rows in self.parts() if not self._is_whole(rows)]
 
     def has(self, rows: range) -> bool:
         """Whether a part of these rows is there by now, whole: another process may have written it meanwhile."""
@@ -74,23 +84,60 @@ class FeatureFolder:
         Raises ValueError for other rows, another number of outputs, or another width or dtype than the parts there,
         and where the disk is full or forbidden.
         """
-        if rows not in self._parts() or len(encoded.pooled) != len(rows):
+        if rows not in self.parts() or len(encoded.pooled) != len(rows):
             raise ValueError(
                 f"{self.folder}: {len(encoded.pooled)} outputs for {rows}; a part has {self.part} rows, the last one "
                 f"what is left of {self.rows}: write the ranges that missing() lists"
             )
         tensors = {"pooled": encoded.pooled}
-        lengths = encoded.mask.sum(1) if self.keep_tokens else encoded.mask.new_zeros(len(rows), dtype=torch.int64)
         if self.keep_tokens:
-            tensors["tokens"] = encoded.tokens[encoded.mask]
-            tensors["offsets"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+            tensors |= _ragged(list(_real_tokens(encoded)))
         if flags is not None:
             tensors["flags"] = flags
         layout = self._layout_of(encoded, flags is not None)
         self._require(layout, f"the outputs for {rows}")
-        about = {"start": rows.start, "stop": rows.stop, "longest": int(lengths.max()), "layout": layout}
         with self._writing():
-            self._hashes[rows] = write_part(self._path(rows), about, tensors)
+            self._write(rows, tensors, layout)
+
+    def replace(
+        self, rows: range, places: Int[Tensor, "some"], encoded: Encoded, flags: Bool[Tensor, "some 3"]
+    ) -> None:
+        """Puts outputs of products that could not be read before into the part of `rows`, which is there, at `places`.
+
+        Whoever reads the folder goes on with what it opened. Raises ValueError as `write` does.
+        """
+        self._require(self._layout_of(encoded, flags=True), f"the outputs for {len(places)} of {rows}")
+        with self._writing(), changing(self.folder / DESCRIPTION):
+            _, sections, _ = header_of(self._path(rows))
+            raw = mapped(self._path(rows))
+            tensors = {name: typed(raw[name].copy(), sections[name]["dtype"]) for name in raw}
+            tensors["pooled"][places] = encoded.pooled.cpu()
+            tensors["flags"][places] = flags
+            if self.keep_tokens:
+                tokens = list(tensors["tokens"].split(tensors["offsets"].diff().tolist()))
+                for place, own in zip(places.tolist(), _real_tokens(encoded), strict=True):
+                    tokens[place] = own.cpu()
+                tensors |= _ragged(tokens)
+            assert self._layout is not None
+            self._write(rows, tensors, self._layout)
+            if (self.folder / COMPLETE).exists():
+                self._list_parts()
+
+    def claim(self, rows: range) -> Claim | None:
+        """The right to write this part; None where another process is at it. See `has` once it is there."""
+        with self._writing():
+            return Claim.on(self._path(rows))
+
+    def flags(self, rows: range) -> Bool[Tensor, "row 3"] | None:
+        """Of a part that is there: text present, photo present, readable; None for queries."""
+        with self._writing():
+            raw = mapped(self._path(rows))
+        return typed(raw["flags"].copy(), "bool") if "flags" in raw else None
+
+    def there(self) -> list[range]:
+        """The rows of each part that is there, whole, in order."""
+        missing = set(self.missing())
+        return [rows for rows in self.parts() if rows not in missing]
 
     def finish(self) -> Stored:
         """Verifies that every part is there, writes `complete.json`. Safe to be called by several processes.
@@ -101,12 +148,11 @@ class FeatureFolder:
             raise ValueError(f"{self.folder}: parts are missing, the first of {len(missing)} is {missing[0]}: build it")
         if stored := self.stored():
             return stored
-        parts = [{"bytes": self._path(rows).stat().st_size, "sha256": self._hashes[rows]} for rows in self._parts()]
-        with self._writing():
-            with Replacing(self.folder / COMPLETE) as file:
-                file.write(json.dumps({"rows": self.rows, "part": self.part, "parts": parts}).encode())
-            for partial in self.folder.glob(f"*{PARTIAL}"):  # of processes that were killed, or wrote the same as we
-                partial.unlink(missing_ok=True)
+        with self._writing(), changing(self.folder / DESCRIPTION):
+            self._list_parts()
+            for pattern in (f"*{PARTIAL}", f"*{CLAIM}"):  # of processes that were killed, or wrote the same as we
+                for left in self.folder.glob(pattern):
+                    left.unlink(missing_ok=True)
         stored = self.stored()
         assert stored is not None
         return stored
@@ -121,11 +167,23 @@ class FeatureFolder:
             )
         return stored
 
-    def _parts(self) -> Iterator[range]:
+    def parts(self) -> Iterator[range]:
+        """The rows of each part, in order."""
         return (range(i, min(i + self.part, self.rows)) for i in range(0, self.rows, self.part))
 
     def _path(self, rows: range) -> Path:
         return self.folder / part_name(rows.start // self.part)
+
+    def _write(self, rows: range, tensors: Mapping[str, Tensor], layout: Mapping[str, Any]) -> None:
+        longest = int(tensors["offsets"].diff().max()) if self.keep_tokens else 0
+        about = {"start": rows.start, "stop": rows.stop, "longest": longest, "layout": layout}
+        self._hashes[rows] = write_part(self._path(rows), about, tensors)
+
+    def _list_parts(self) -> None:
+        paths = [self._path(rows) for rows in self.parts()]
+        parts = [{"bytes": path.stat().st_size, "sha256": claimed(path)} for path in paths]
+        with Replacing(self.folder / COMPLETE) as file:
+            file.write(json.dumps({"rows": self.rows, "part": self.part, "parts": parts}).encode())
 
     def _is_whole(self, rows: range) -> bool:
         """Reads a part to its end unless it is one that this process has read or written."""
@@ -178,6 +236,17 @@ class FeatureFolder:
                 f"({shutil.disk_usage(place).free / GIB:.1f} GiB are free): make room, choose another folder with "
                 "model.cache.folder, or do without with model.cache.use=off"
             ) from error
+
+
+def _real_tokens(encoded: Encoded) -> Iterator[Tensor]:
+    """Of each row, what is not padding."""
+    return (row[real] for row, real in zip(encoded.tokens, encoded.mask, strict=True))
+
+
+def _ragged(tokens: list[Tensor]) -> dict[str, Tensor]:
+    """The tokens of all rows after one another, and where each row's begin and end."""
+    ends = torch.tensor([0, *(len(row) for row in tokens)]).cumsum(0)
+    return {"tokens": torch.cat(tokens), "offsets": ends}
 
 
 def folder_of(root: Path, description: Mapping[str, Any]) -> Path:

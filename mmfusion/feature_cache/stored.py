@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mmfusion.encoders import Encoded
-from mmfusion.feature_cache.held import Held
+from mmfusion.feature_cache.held import Held, looking
 from mmfusion.feature_cache.identity import digest
 from mmfusion.feature_cache.part import DamagedPartError, claimed, header_of, mapped, raw_dtype, typed
 
@@ -50,8 +50,10 @@ class Stored:
         self.width: int = self._layout["width"]
         self.keeps_tokens: bool = self._layout["keep_tokens"]
         self.flags: Bool[Tensor, "row 3"] | None = None
+        self.unread = 0  # products that could not be read when they were to be encoded
         if self._layout["flags"]:
             self.flags = typed(np.concatenate([part["flags"] for part in self._maps]), "bool")
+            self.unread = int((~self.flags[:, 2]).sum())
 
     def __call__(self, ids: Int[Tensor, "row"]) -> Encoded:
         """The outputs of these rows, on the CPU, bit for bit as they were written; tokens padded to the longest here.
@@ -99,15 +101,17 @@ def part_name(number: int) -> str:
 def open_stored(folder: Path, description: Mapping[str, Any]) -> Stored | None:
     """A complete folder, marked as used now; None where there is none, or not what `complete.json` says.
 
-    Makes nothing. Raises ValueError where the folder is of another description.
+    None too for what another user keeps to himself, or what is being deleted. Makes nothing. Raises ValueError where
+    the folder is of another description.
     """
-    if not (folder / COMPLETE).exists():
-        return None
-    require_description(folder, description)
     try:
-        held = Held(folder, make=False)
-        stored = Stored(folder, held, json.loads((folder / COMPLETE).read_bytes()))
-    except (FileNotFoundError, DamagedPartError, KeyError, TypeError, json.JSONDecodeError):
+        held = Held(folder, make=False)  # from here on no make_room takes it away
+        if not (folder / COMPLETE).exists():
+            return None
+        require_description(folder, description)
+        with looking(folder / DESCRIPTION):
+            stored = Stored(folder, held, json.loads((folder / COMPLETE).read_bytes()))
+    except (OSError, DamagedPartError, KeyError, TypeError, json.JSONDecodeError):
         return None
     with suppress(OSError):  # someone else's folder, or a mount that is only read
         os.utime(folder / COMPLETE)
@@ -115,11 +119,11 @@ def open_stored(folder: Path, description: Mapping[str, Any]) -> Stored | None:
 
 
 def require_description(folder: Path, description: Mapping[str, Any]) -> None:
-    """Raises ValueError unless the folder's description is this one."""
+    """Raises ValueError unless the folder's description is this one, OSError where it cannot be read."""
     path = folder / DESCRIPTION
     try:
         same = digest(json.loads(path.read_bytes())) == digest(description)
-    except (FileNotFoundError, json.JSONDecodeError):
+    except json.JSONDecodeError:
         same = False
     if not same:
-        raise ValueError(f"{path} is absent, or of other features than those asked for: delete {folder}")
+        raise ValueError(f"{path} is damaged, or of other features than those asked for: delete {folder}")

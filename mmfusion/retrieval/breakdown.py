@@ -7,14 +7,20 @@ import numpy as np
 
 from mmfusion.batch import Judgments, RetrievalData
 from mmfusion.retrieval.answers import answer_slices
-from mmfusion.retrieval.evaluation import Evaluation, ViewResult
+from mmfusion.retrieval.evaluation import Evaluation, ViewResult, main_metrics
 from mmfusion.retrieval.examination import percent
 from mmfusion.retrieval.exclusive import exclusive_matches
 from mmfusion.retrieval.gates import Weights, gate_summary
 from mmfusion.retrieval.metrics import calibration, ranked_gains
-from mmfusion.retrieval.slices import find_columns, product_slices, query_slices, slice_by_product, slice_by_query
+from mmfusion.retrieval.slices import (
+    find_columns,
+    product_slices,
+    query_slices,
+    slice_by_product,
+    slice_by_query,
+    stated_columns,
+)
 
-MAIN = ("ndcg@10", "recall@100", "mrr")  # metrics of slices by query
 PHOTOS_DROPPED = "photos_dropped"
 KS = (10, 100)  # depths of slices by product
 
@@ -26,22 +32,25 @@ def slices(
     judgments: Judgments,
     data: RetrievalData,
     options: Evaluation,
+    texts: Sequence[str],
+    of_products: Mapping[str, np.ndarray],
     dropped: Mapping[str, ViewResult],
 ) -> Slices:
     """[slice][value][view][metric] = {"value", "low", "high", "queries"} of one split's views.
 
-    dropped: the view fused by how many of the photos were hidden from it ("50 %").
+    texts: of the products. of_products: their `product_slices`. dropped: the view fused by how many of the photos
+    were hidden from it ("50 %").
     """
-    query_columns, product_columns = find_columns(data, options.slices)
     found: Slices = {}
     query_ids = next(iter(views.values())).query_ids
-    of_queries = query_slices(data, query_ids, query_columns) | answer_slices(
-        data.query_texts(query_ids), data.product_texts(), query_ids, judgments
+    columns = {name: data.product_column(column) for name, column in stated_columns(data, options.stated).items()}
+    of_queries = query_slices(data, query_ids, find_columns(data, options.slices)[0]) | answer_slices(
+        data.query_texts(query_ids), texts, query_ids, judgments, columns
     )
     for name, labels in of_queries.items():
         for view, result in views.items():
             _file(found, name, view, slice_by_query(_main(result), labels, resamples=options.resamples))
-    for name, labels in product_slices(data, product_columns).items():
+    for name, labels in of_products.items():
         for view, result in views.items():
             _file(found, name, view, _by_product(result, judgments, labels, options))
     for value, result in ({percent(0): views["fused"]} | dict(dropped) if dropped else {}).items():
@@ -51,9 +60,7 @@ def slices(
 
 
 def _main(result: ViewResult) -> dict[str, np.ndarray]:
-    """The metrics of MAIN, or where none of them was measured the first one."""
-    names = [name for name in result.per_query if name.rpartition("/")[2] in MAIN] or list(result.per_query)[:1]
-    return {name: result.per_query[name] for name in names}
+    return {name: result.per_query[name] for name in main_metrics(result.per_query)}
 
 
 def _by_product(result: ViewResult, judgments: Judgments, labels: np.ndarray, options: Evaluation) -> dict[str, Any]:
@@ -98,12 +105,14 @@ def breakdown(
 
     dropped: [split][how many], the view fused with photos hidden. weights: the head's, by gate and product.
     """
-    gates = gate_summary(weights or {}, data, options.slices)
+    texts = data.product_texts()  # read once: they come from the shards
+    of_products = product_slices(data, texts, find_columns(data, options.slices)[1])
+    gates = gate_summary(weights or {}, of_products)
     kept = {split: {view: of_split[view] for view in views if view in of_split} for split, of_split in results.items()}
     judged = {split: data.judgments(split) for split in results}
     found: dict[str, Any] = {
         "slices": {
-            split: slices(of_split, judged[split], data, options, (dropped or {}).get(split, {}))
+            split: slices(of_split, judged[split], data, options, texts, of_products, (dropped or {}).get(split, {}))
             for split, of_split in kept.items()
         },
         "calibration": {split: calibrations(of_split, judged[split]) for split, of_split in kept.items()},

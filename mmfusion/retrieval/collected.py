@@ -1,16 +1,19 @@
 """One pass of an evaluation: the vectors of queries and corpus as they come, and what each view reached with them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmfusion.batch import RetrievalData
-from mmfusion.retrieval.evaluation import Evaluation, ViewResult, measured
+from mmfusion.retrieval.evaluation import Evaluation, ViewResult, main_metrics, measured
+from mmfusion.retrieval.examination import WITHOUT, Examination
 from mmfusion.retrieval.leading import leading
 from mmfusion.retrieval.ranking import Collector, Rows, rank_corpus
+from mmfusion.retrieval.vectors import ReadVectors
 
 QUERY = "query"
 
@@ -69,6 +72,46 @@ def measured_views(
             ranking = rank_corpus(sought, searched, tie, options.depth, chunk=options.chunk)
             results[split][view] = measured(ranking, judgments, options, intervals)
     return results
+
+
+def photos_dropped(
+    vectors: Vectors, examination: Examination, data: RetrievalData, tie: Int[Tensor, "catalogue"], options: Evaluation
+) -> dict[str, dict[str, ViewResult]]:
+    """results[split][fraction]: the view fused with so many of the photos hidden, by its main metrics alone.
+
+    Without intervals: a slice draws its own. Corpora are searched one after another, none of them is held.
+    """
+    results: dict[str, dict[str, ViewResult]] = {split: {} for split in vectors.queries}
+    if not examination.hidden:
+        return results
+    options = replace(options, metrics=main_metrics(options.metrics))
+    seen, unseen = vectors.corpus["fused"], vectors.corpus[WITHOUT]
+    assert torch.equal(seen.ids, unseen.ids), "views are collected together"
+    for name in examination.hidden:
+        searched = Rows(Either(seen.vectors, unseen.vectors, examination.hides(name, seen.ids)), seen.ids)
+        for split, asked in vectors.queries.items():
+            ranking = rank_corpus(asked, searched, tie, options.depth, chunk=options.chunk)
+            results[split][name] = measured(ranking, data.judgments(split), options, intervals=False)
+    return results
+
+
+class Either(ReadVectors):
+    """Rows of one corpus or of another, chosen as they are read: nothing is held twice."""
+
+    def __init__(
+        self,
+        first: Float[Tensor, "row dim"] | ReadVectors,
+        second: Float[Tensor, "row dim"] | ReadVectors,
+        takes_second: Bool[Tensor, "row"],
+    ) -> None:
+        assert first.shape == second.shape
+        self.first, self.second, self.takes_second = first, second, takes_second
+        self.device, self.shape = first.device, first.shape
+
+    def __getitem__(self, rows: slice | Int[Tensor, "row"]) -> Float[Tensor, "row dim"]:
+        first, second = self.first[rows], self.second[rows]
+        takes_second = self.takes_second[rows if isinstance(rows, slice) else rows.to(self.takes_second.device)]
+        return torch.where(takes_second.to(first.device)[:, None], second, first)
 
 
 def with_dims(views: Sequence[str], dims: Mapping[str, Sequence[int]]) -> dict[str, int | None]:

@@ -1,6 +1,6 @@
 """What a run is evaluated by: ranked lists against judgments, beside baselines, with intervals."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,6 +22,7 @@ TEST = (
 )  # fmt: skip
 PROTOCOL = ("depth", "no_positive", "unjudged")  # options of Evaluation that change what a query's value is
 TOLD = (*PROTOCOL, "resamples")  # those that results.json tells
+MAIN = ("ndcg@10", "recall@100", "mrr")  # metrics of slices by query
 BASELINES = ("bm25", "random", "hybrid_rrf", "hybrid_sum")
 
 
@@ -39,8 +40,10 @@ class Evaluation:
         baselines: rows for BM25, random order, hybrids of BM25 with the primary view, and the weighted sum of what
             text and image score; every rank holds an index of all texts
         slices: columns of queries or of products to slice by, besides the built-in ones
+        stated: columns of products; queries are sliced by whether the texts of their relevant products state the
+            product's value in the column, in all its words: a photo has to tell what a text does not
         drop_photos: fractions of the photos that are hidden from the fused view, for a slice of what it reaches then;
-            each takes the time and the room of one more view, the encoders run once
+            the encoders run once, together they take the room of one more view, each takes the time of one more search
         resamples: draws of the bootstrap intervals
         chunk: products whose scores are held at a time
         vectors: folder for the corpus' vectors when they do not fit into memory; without, they stay there
@@ -53,6 +56,7 @@ class Evaluation:
     unjudged: Literal["zero", "condensed"] = "zero"
     baselines: bool = True
     slices: list[str] = field(default_factory=list)
+    stated: list[str] = field(default_factory=list)
     drop_photos: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0])
     resamples: int = 1000
     chunk: int = 16_384
@@ -114,6 +118,12 @@ def measured(ranking: Ranking, judgments: Judgments, options: Evaluation, interv
             result.per_query[f"{column}/{name}"] = values
             result.metrics[f"{column}/{name}"] = mean_with_interval(values, options.resamples if intervals else 0)
     return result
+
+
+def main_metrics(names: Iterable[str]) -> list[str]:
+    """Those of MAIN, of names with or without a label column; the first of all where there is none."""
+    names = list(names)
+    return [name for name in names if name.rpartition("/")[2] in MAIN] or names[:1]
 
 
 def mean_with_interval(values: Float[np.ndarray, "query"], resamples: int) -> dict[str, float]:

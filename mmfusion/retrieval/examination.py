@@ -5,12 +5,13 @@ from hashlib import blake2b
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from mmfusion.batch import ProductBatch
 from mmfusion.retrieval.ranking import gathered
 
+WITHOUT = "fused without photos"  # the view of products by their texts alone, where these are fused
 BYTES = 6  # of a product's hash: 48 bits are exact in fp64
 
 
@@ -22,7 +23,7 @@ class Examination:
 
     Args:
         product_ids: the catalogue's own ids, by dense id
-        fractions: of the products, whose photos are hidden in one more fused view each
+        fractions: of the products, whose photos are hidden
     """
 
     def __init__(self, product_ids: Sequence[str], fractions: Sequence[float]) -> None:
@@ -33,17 +34,22 @@ class Examination:
         self._weights: list[dict[str, Tensor]] = []
 
     @property
-    def hidden(self) -> dict[str, float]:
-        """The fractions of photos by the names of the views that lack them: "50 %"."""
-        return dict(self._fractions)
+    def hidden(self) -> list[str]:
+        """Names of the fractions, the lowest first: "50 %"."""
+        return list(self._fractions)
 
     def visible(self, batch: ProductBatch) -> dict[str, Bool[Tensor, "product 2"]]:
-        """What is left of `present`, by the names of `hidden`."""
-        return {name: self._without(batch, fraction) for name, fraction in self._fractions.items()}
+        """What the view WITHOUT sees of `present`: no photo. Empty where no photos are hidden.
 
-    def _without(self, batch: ProductBatch, fraction: float) -> Bool[Tensor, "product 2"]:
-        kept = (self._places[batch.id.cpu()] >= fraction).to(batch.present.device)
-        return torch.stack([batch.present[:, 0], batch.present[:, 1] & kept], 1)
+        Without its photo a product is the same in every fraction, so that this one view is enough for all of them.
+        """
+        return (
+            {WITHOUT: batch.present & torch.tensor([True, False]).to(batch.present.device)} if self._fractions else {}
+        )
+
+    def hides(self, name: str, ids: Int[Tensor, "product"]) -> Bool[Tensor, "product"]:
+        """Which of the products lose their photos in a fraction, by its name."""
+        return (self._places[ids.cpu()] < self._fractions[name]).to(ids.device)
 
     def add(self, weights: Mapping[str, Float[Tensor, "product"]], batch: ProductBatch) -> None:
         """The head's weights in a batch. Rows that pad it, and products that have nothing to weigh, are left out."""
@@ -56,11 +62,12 @@ class Examination:
 
         Empty for a head that weighs nothing.
         """
-        names = list(self._weights[0]) if self._weights else []
-        own = {name: torch.cat([part[name] for part in self._weights]).numpy() for name in names}
-        ids = torch.cat(self._ids).numpy() if self._ids else np.zeros(0, np.int64)
+        own_names = list(self._weights[0]) if self._weights else []
+        own = {name: torch.cat([part[name] for part in self._weights]).numpy() for name in own_names}
+        parts = gathered((torch.cat(self._ids).numpy() if self._ids else np.zeros(0, np.int64), own))
+        names = dict.fromkeys(name for _, weights in parts for name in weights)  # a rank may have had no batch
         found = {name: np.full(self._products, np.nan, np.float32) for name in names}
-        for of_rank, weights in gathered((ids, own)):
+        for of_rank, weights in parts:
             for name, values in weights.items():
                 found[name][of_rank] = values
         return found

@@ -6,30 +6,27 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from mmfusion.batch import RetrievalData
-from mmfusion.retrieval.slices import find_columns, product_slices
-
 ALL = "all"
 Weights = Mapping[str, Float[np.ndarray, "catalogue"]]
 
 
-def gate_summary(weights: Weights, data: RetrievalData, columns: list[str]) -> dict[str, Any]:
+def gate_summary(weights: Weights, of_products: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """{"slices": [slice][value] = {"products", "mean": {gate}, "std": {gate}}, "entropy": of `entropies`}.
 
     Empty for a head that weighs nothing. weights: by gate or expert, per product; they sum to 1, NaN is left out.
-    columns: model.evaluation.slices.
+    of_products: `product_slices`.
     """
     if not weights or np.isnan(next(iter(weights.values()))).all():
         return {}
     rows = np.stack(list(weights.values()), 1).astype(np.float64)
     counted = ~np.isnan(rows).any(1)
-    labels = {ALL: np.full(len(rows), ALL)} | product_slices(data, find_columns(data, columns)[1])
-    found: dict[str, dict[str, Any]] = {}
-    for name, of_product in labels.items():
-        kept = of_product[counted]
-        for value in sorted(set(kept.tolist())):
-            found.setdefault(name, {})[value] = _cell(list(weights), rows[counted][kept == value])
-    return {"slices": found, "entropy": entropies(rows[counted])}
+    rows = rows[counted]
+    names = list(weights)
+    found: dict[str, dict[str, Any]] = {ALL: {ALL: _cell(names, rows)}}
+    for name, of_product in of_products.items():
+        values, place = np.unique(of_product[counted], return_inverse=True)
+        found[name] = {str(value): _cell(names, rows[place == at]) for at, value in enumerate(values)}
+    return {"slices": found, "entropy": entropies(rows)}
 
 
 def _cell(names: list[str], rows: Float[np.ndarray, "product gate"]) -> dict[str, Any]:

@@ -43,6 +43,21 @@ def find_columns(data: RetrievalData, names: Sequence[str]) -> tuple[list[str], 
     return [name for name in names if name in of_queries], [name for name in names if name in of_products]
 
 
+def stated_columns(data: RetrievalData, names: Sequence[str]) -> dict[str, str]:
+    """The column of products that each name of model.evaluation.stated stands for; `products.<name>` is one too.
+
+    Raises ValueError, with the nearest name, for what is no column of products.
+    """
+    of_products = _names("products", data.product_columns())
+    for name in names:
+        if name not in of_products:
+            near = get_close_matches(name, of_products, 1)
+            hint = f"did you mean {near[0]!r}? There are" if near else "there are"
+            there = ", ".join(data.product_columns())
+            raise ValueError(f"products have no column {name!r} for model.evaluation.stated; {hint}: {there}")
+    return {name: of_products[name] for name in names}
+
+
 def query_slices(
     data: RetrievalData, query_ids: Int[np.ndarray, "query"], columns: Sequence[str]
 ) -> dict[str, np.ndarray]:
@@ -64,13 +79,13 @@ def query_slices(
     return found | {name: _merged(data.query_column(of_queries[name]))[query_ids] for name in columns}
 
 
-def product_slices(data: RetrievalData, columns: Sequence[str]) -> dict[str, np.ndarray]:
+def product_slices(data: RetrievalData, texts: Sequence[str], columns: Sequence[str]) -> dict[str, np.ndarray]:
     """The value of every product of the catalogue in every slice.
 
-    train_positives: train queries that it is a positive of. text_words: of the text that the tower is given.
+    train_positives: train queries that it is a positive of. text_words: of its text, the one that the tower is given.
     columns: of `find_columns`.
     """
-    words = np.array([len(text.split()) for text in data.product_texts()])
+    words = np.array([len(text.split()) for text in texts])
     found = {
         "train_positives": binned(data.train_positives(), {1: "0 (cold start)", 5: "1-4"}, "5+"),
         "text_words": binned(words, {1: "0", 4: "1-3", 7: "4-6"}, "7+"),

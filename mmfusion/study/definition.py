@@ -9,11 +9,12 @@ from mmfusion.study.strict import StrictFile
 
 EVERYTHING = "all"  # the variant of a study that names none
 LOGS = "logs"  # the folder beside those of the arms
-NEEDS = ("pretrained_image",)
-# What the runner gives to each run.
+NEEDS = ("pretrained_image", "trained_text")
+SEEDS = 3
+# What the runner gives to each run; a --config could hold any of it, and change unseen.
 DECIDED = (
     "--exp", "--experiment", "--encoders", "--data", "--data.path", "--data.init_args.path", "--runs", "--resume",
-    "--branch", "--checkpoint_stages", "--seed_everything",
+    "--branch", "--checkpoint_stages", "--seed_everything", "--config", "--print_config", "--help",
 )  # fmt: skip
 
 
@@ -24,7 +25,8 @@ class Arm:
     experiment: file in experiments/; "" for a row. args: of this arm alone, after the study's and the variant's. view:
     of the results; the primary one if None. row_of: the arm whose runs hold this row. once: trained on the first
     variant, counts for all. variants: that it is trained on; all if None. prefix: the stage until whose end it shares
-    training with others of its variant and seed; None: it trains by itself.
+    training with others of its variant and seed; None: it trains by itself. encoders: overlays that its options are
+    for; with others there is no such arm.
     """
 
     experiment: str = ""
@@ -34,22 +36,26 @@ class Arm:
     once: bool = False
     variants: tuple[str, ...] | None = None
     prefix: str | None = None
+    encoders: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Claim:
-    """`arm` beats each of `beats`, on `variants` (all if None). needs: one of NEEDS, or None."""
+    """`arm` beats each of `beats`, on `variants` (all if None). needs: those of NEEDS that a test takes."""
 
     says: str
     arm: str
     beats: tuple[str, ...]
     variants: tuple[str, ...] | None = None
-    needs: str | None = None
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study file. args: of all arms. variants: options of each, by name. metric: <primary label>/ndcg@10 if None."""
+    """A study file. args: of all arms. variants: options of each, by name. metric: <primary label>/ndcg@10 if None.
+
+    seeds: how many, from 1 on, where the command names none.
+    """
 
     name: str
     reference: str
@@ -60,6 +66,7 @@ class Study:
     variants: dict[str, tuple[str, ...]] = field(default_factory=lambda: {EVERYTHING: ()})
     metric: str | None = None
     prefix: str | None = None
+    seeds: int = SEEDS
     claims: dict[str, Claim] = field(default_factory=dict)
 
     def trained(self) -> dict[str, Arm]:
@@ -72,8 +79,15 @@ class Study:
 
     def variants_of(self, arm: str) -> list[str]:
         """The variants for which an arm has numbers."""
+        if not self.has(arm):
+            return []
         limits = [self.arms[name].variants for name in (arm, self.source(arm))]
         return [name for name in self.variants if all(limit is None or name in limit for limit in limits)]
+
+    def has(self, arm: str) -> bool:
+        """Whether an arm is one for the study's encoders."""
+        limits = [self.arms[name].encoders for name in (arm, self.source(arm))]
+        return all(limit is None or self.encoders in limit for limit in limits)
 
     def trained_on(self, arm: str) -> list[str]:
         """The variants on which the arm that holds its numbers is trained: the first alone if it counts for all."""
@@ -86,6 +100,10 @@ class Study:
         trained = self.trained_on(arm)[0] if self.arms[source].once else variant
         return folder / source / f"{trained}-{seed}"
 
+    def job_name(self, arm: str, variant: str, seed: int) -> str:
+        """Of that run, in study.json and jobs.json: <arm>/<variant>-<seed>; an arm and a variant may hold dashes."""
+        return self.run_folder(Path(), arm, variant, seed).as_posix()
+
 
 def read_study(path: Path) -> Study:
     """Raises ValueError that names the file, the key and what was expected, with the nearest name."""
@@ -97,6 +115,7 @@ def read_study(path: Path) -> Study:
             read[key] = file.text(given[key], key)
     for key in ("metric", "prefix"):
         read[key] = file.text_or_none(given.get(key), key)
+    read["seeds"] = file.count(given.get("seeds", SEEDS), "seeds")
     read["args"] = _options(file, given.get("args", []), "args")
     if given.get("variants"):
         variants = file.named(given["variants"], "variants")
@@ -128,8 +147,9 @@ def _arm(file: StrictFile, given: Any, where: str, default: Mapping[str, Any]) -
         file.text(given["experiment"], f"{where}.experiment")
     read["args"] = _options(file, given.get("args", []), f"{where}.args")
     read["once"] = file.switch(given.get("once", False), f"{where}.once")
-    if given.get("variants") is not None:
-        read["variants"] = file.texts(given["variants"], f"{where}.variants")
+    for key in ("variants", "encoders"):
+        if given.get(key) is not None:
+            read[key] = file.texts(given[key], f"{where}.{key}")
     return Arm(**read)
 
 
@@ -138,13 +158,13 @@ def _claim(file: StrictFile, given: Any, where: str) -> Claim:
     beats = file.texts(given["beats"], f"{where}.beats")
     if not beats:
         raise file.error(f"{where}.beats", "is empty", "expected a list of arms")
-    variants = given.get("variants")
+    variants, needs = given.get("variants"), given.get("needs") or []
     return Claim(
         file.text(given["says"], f"{where}.says"),
         file.text(given["arm"], f"{where}.arm"),
         beats,
         None if variants is None else file.texts(variants, f"{where}.variants"),
-        file.text_or_none(given.get("needs"), f"{where}.needs"),
+        file.texts([needs] if isinstance(needs, str) else needs, f"{where}.needs"),
     )
 
 
@@ -152,31 +172,40 @@ def _options(file: StrictFile, given: Any, where: str) -> tuple[str, ...]:
     """Each as on the command line, in one text: --dotted.option=value."""
     options = file.texts(given, where)
     for option in options:
-        name, equals, _ = option.partition("=")
-        if not name.startswith("--") or not equals:
-            raise file.error(where, f"holds {option!r}", 'expected "--dotted.option=value"')
-        if name in DECIDED:
-            raise file.error(where, f"holds {option!r}", "that is the study's to give, leave it out")
+        if why := unfit(option):
+            raise file.error(where, f"holds {option!r}", why)
     return options
+
+
+def unfit(option: str) -> str | None:
+    """Why an option cannot be given to the runs of a study; None where it can."""
+    name, equals, _ = option.partition("=")
+    if name.rstrip("+") in DECIDED:
+        return "that is the study's to give, leave it out"
+    return None if name.startswith("--") and equals else 'expected "--dotted.option=value"'
 
 
 def _check_names(file: StrictFile, study: Study) -> None:
     """Every name that is used is one of the study's own."""
     file.among(study.reference, study.arms, "reference")
+    if study.arms[study.reference].encoders is not None:
+        raise file.error("reference", f"is {study.reference}", "an arm of all encoders; others are tested against it")
     for name, arm in study.arms.items():
         where = f"arms.{name}"
         for variant in arm.variants or ():
             file.among(variant, study.variants, f"{where}.variants")
         if arm.row_of is not None:
             file.among(arm.row_of, study.trained(), f"{where}.row_of")
-        if not study.variants_of(name):
+        if study.has(name) and not study.variants_of(name):
             raise file.error(f"{where}.variants", "leaves none", f"there are {', '.join(study.variants)}")
     for name, claim in study.claims.items():
         where = f"claims.{name}"
         file.among(claim.arm, study.arms, f"{where}.arm")
         for beaten in claim.beats:
             file.among(beaten, study.arms, f"{where}.beats")
+        if claim.arm in claim.beats:
+            raise file.error(f"{where}.beats", f"names {claim.arm}", "other arms than the claim's own")
         for variant in claim.variants or ():
             file.among(variant, study.variants, f"{where}.variants")
-        if claim.needs is not None:
-            file.among(claim.needs, NEEDS, f"{where}.needs")
+        for need in claim.needs:
+            file.among(need, NEEDS, f"{where}.needs")

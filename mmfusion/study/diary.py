@@ -1,6 +1,8 @@
 """study.json, what runs were made by; jobs.json, what became of them and what they cost."""
 
+import contextlib
 import json
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,11 +17,37 @@ STUDY, JOBS = "study.json", "jobs.json"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError on a file that is not JSON; {} where there is none."""
+    """{} where there is no file, and, with a warning, where it is damaged: it tells of costs alone."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}): delete the study's folder, or restore the file") from None
+        return _read(path)
+    except ValueError as error:
+        print(f"{error}: what it told of minutes and failures is lost; the runs themselves are whole", file=sys.stderr)
+        return {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Raises ValueError on a file that is damaged; {} where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{path} is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not JSON of names and values")
+    return found
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """study.json: {"study", "data", "manifest", "seeds", "jobs": {name: {"definition"}}}; {} where there is none.
+
+    Raises ValueError where it is damaged: by it alone runs of another definition are told apart.
+    """
+    try:
+        return _read(folder / STUDY)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}: it holds what the runs beside it were made by, and they are whole. Restore it from a copy, or "
+            f"move {folder} away whole and keep it: the study begins anew in its place"
+        ) from None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -29,12 +57,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def definitions(folder: Path) -> dict[str, Any]:
     """By name of the job, as `Job.definition` was when the job was last planned."""
-    return {name: job["definition"] for name, job in read_json(folder / STUDY).get("jobs", {}).items()}
+    return {name: job["definition"] for name, job in recorded(folder).get("jobs", {}).items()}
 
 
 def write_study_file(plan: Plan, jobs: Iterable[Job]) -> None:
     """Jobs that are not planned this time keep their place: other seeds come back."""
-    before = read_json(plan.folder / STUDY).get("jobs", {})
+    before = recorded(plan.folder).get("jobs", {})
     now = {job.name: before.get(job.name, {}) | {"definition": job.definition()} for job in jobs}
     about = {"study": plan.study.name, "data": shown(plan.data), "manifest": plan.manifest, "seeds": list(plan.seeds)}
     write_json(plan.folder / STUDY, about | {"jobs": before | now})
@@ -42,16 +70,18 @@ def write_study_file(plan: Plan, jobs: Iterable[Job]) -> None:
 
 class Diary:
     """jobs.json: {name: {"arm", "variant", "seed", "state": "running" | "done" | "failed" | "stopped", "rc", "tail",
-    "attempts": [[start, end]] in seconds since 1970, "jobs", "minutes", "branched_from", "shared_minutes",
+    "attempts": [[start, end]] in seconds since 1970, "jobs", "minutes", "branched_from", "shared_minutes", "commits",
     "samples_per_s": {stage: n}, "parameters": {"head", "rest", "all"}}}.
 
     minutes: of all attempts. shared_minutes: what the runs that it branched from took until there, to be added for a
-    run from scratch. jobs: how many ran side by side. head, rest: what the last stage trains; all: the whole model.
+    run from scratch. commits: of all attempts, and of the runs that it branched from; none outside a checkout. jobs:
+    how many ran side by side. head, rest: what the last stage trains; all: the whole model.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / JOBS
-        self.jobs: dict[str, Any] = read_json(self.path)
+    def __init__(self, folder: Path, commit: str | None = None) -> None:
+        """commit: of the code that runs now."""
+        self.path, self.commit = folder / JOBS, commit
+        self.jobs = {name: about for name, about in read_json(self.path).items() if isinstance(about, dict)}
 
     def starts(self, job: Job, command: list[str], branched_from: tuple[Job, str] | None, side_by_side: int) -> None:
         """branched_from: the job and the stage whose checkpoint it goes on from."""
@@ -61,8 +91,11 @@ class Diary:
             checkpoint = other.stage_checkpoint(stage)
             about["branched_from"] = str(checkpoint)
             about["shared_minutes"] = self._minutes_until(other, checkpoint.stat().st_mtime)
+            about["commits"] = list(self._about(other)["commits"])
         elif not job.last.is_file():
-            about |= {"branched_from": None, "shared_minutes": 0.0}
+            about |= {"branched_from": None, "shared_minutes": 0.0, "commits": []}
+        if self.commit is not None and self.commit not in about["commits"]:
+            about["commits"].append(self.commit)
         now = time.time()
         about |= {
             "state": "running",
@@ -76,7 +109,8 @@ class Diary:
 
     def ends(self, job: Job, state: str, rc: int | None, tail: list[str]) -> None:
         about = self._about(job)
-        about["attempts"][-1][1] = time.time()
+        if about["attempts"]:  # none where jobs.json was lost meanwhile
+            about["attempts"][-1][1] = time.time()
         about |= {"state": state, "rc": rc, "tail": [] if state == "done" else tail}
         about["minutes"] = _minutes(about["attempts"])
         self.cost(job)
@@ -84,22 +118,24 @@ class Diary:
     def cost(self, job: Job) -> None:
         """What cost.json of the run tells."""
         about, cost = self._about(job), read_json(job.run / FILE)
-        if stages := cost.get("stages"):
-            *_, last = stages.values()
+        with contextlib.suppress(KeyError, TypeError, AttributeError, IndexError):  # damaged: the run is whole
+            *_, last = cost["stages"].values()
             about["parameters"] = {"head": last["head"], "rest": last["rest"], "all": cost["parameters"]}
-            rates = {name: s["samples"] / s["seconds"] for name, s in stages.items() if s["seconds"] > 0}
+            rates = {name: s["samples"] / s["seconds"] for name, s in cost["stages"].items() if s["seconds"] > 0}
             about["samples_per_s"] = rates
         self._write()
 
     def _about(self, job: Job) -> dict[str, Any]:
         new = {"arm": job.arm, "variant": job.variant, "seed": job.seed, "state": "new", "attempts": []}
-        return self.jobs.setdefault(job.name, new | {"minutes": 0.0, "shared_minutes": 0.0, "branched_from": None})
+        new |= {"minutes": 0.0, "shared_minutes": 0.0, "branched_from": None, "commits": []}
+        self.jobs[job.name] = about = new | self.jobs.get(job.name, {})
+        return about
 
     def _minutes_until(self, job: Job, moment: float) -> float:
         """What a job had taken at a moment, from scratch."""
         about = self._about(job)
         attempts = [list(attempt) for attempt in about["attempts"]]
-        if about["state"] == "running":
+        if about["state"] == "running" and attempts:
             attempts[-1][1] = time.time()
         return about["shared_minutes"] + _minutes([[start, min(end, moment)] for start, end in attempts])
 

@@ -1,5 +1,6 @@
 """One run of a study as it lies on disk."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 
 from mmfusion.retrieval.evaluation import PROTOCOL
 from mmfusion.retrieval.report import primary_view, read_results, splits
+from mmfusion.study.cost import FILE as COST
 
 FILES = ("results.json", "per_query.parquet")
 ABOUT = ("split", "view", "query_id", "query")  # columns of per_query.parquet that are no metrics
@@ -18,11 +20,15 @@ Values = dict[str, dict[str, dict[str, float]]]  # [split][metric][query_id]
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that was trained and evaluated. config: its config.yaml; {} where there is none."""
+    """A run that was trained and evaluated. config: its config.yaml; {} where there is none.
+
+    trains: by stage, how many parameters of the `text` and of the `image` encoder are trained; None where not known.
+    """
 
     folder: Path
     results: Mapping[str, Any]
     config: Mapping[str, Any]
+    trains: Mapping[str, Mapping[str, int]] | None = None
 
     @property
     def measured_as(self) -> dict[str, Any]:
@@ -56,4 +62,11 @@ def load(folder: Path) -> Finished | None:
         return None
     config = folder / "config.yaml"
     settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    return Finished(folder, read_results(folder / "results.json"), settings or {})
+    return Finished(folder, read_results(folder / "results.json"), settings or {}, _trains(folder / COST))
+
+
+def _trains(cost: Path) -> Mapping[str, Mapping[str, int]] | None:
+    try:
+        return json.loads(cost.read_text(encoding="utf-8"))["trains"]
+    except (OSError, ValueError, KeyError):
+        return None

@@ -1,10 +1,11 @@
 """The runs of a study: what decides each, its command, and how far it is on disk."""
 
 import json
+import re
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,9 @@ import yaml
 from mmfusion.checkpoints import LAST, stage_file
 from mmfusion.options import shown
 from mmfusion.retrieval.side import flattened
-from mmfusion.study.definition import LOGS, Study
+from mmfusion.study.definition import LOGS, Study, unfit
+from mmfusion.study.preflight import parse
+from mmfusion.study.processes import is_alive
 
 State = Literal["done", "resume", "new"]
 EXPERIMENTS = Path("experiments")
@@ -26,6 +29,9 @@ class Plan:
     """What a study is asked to do.
 
     folder: of its runs. more: options of all arms, from the command line. program: what trains, given its options.
+    parse: raises ValueError for options that it would refuse. recorded: the hash of the data where they are not here.
+
+    Raises ValueError for options that are the study's own to give.
     """
 
     study: Study
@@ -34,6 +40,13 @@ class Plan:
     seeds: tuple[int, ...]
     more: tuple[str, ...] = ()
     program: tuple[str, ...] = (sys.executable, "-m", "mmfusion.cli", "train")
+    parse: Callable[[Sequence[str]], None] = parse
+    recorded: str | None = None
+
+    def __post_init__(self) -> None:
+        for option in self.more:
+            if why := unfit(option):
+                raise ValueError(f"ARGS holds {option!r}: {why}")
 
     @cached_property
     def manifest(self) -> str | None:
@@ -41,6 +54,8 @@ class Plan:
         path = Path(self.data) / "manifest.json"
         if "://" in self.data or self.data.startswith("pipe:"):
             return None
+        if not path.is_file() and self.recorded is not None:
+            return self.recorded
         if not path.is_file():
             raise FileNotFoundError(
                 f"DATA={self.data} holds no manifest.json: expected a folder that `make data` wrote"
@@ -57,6 +72,16 @@ class Plan:
             for arm in arms
             if variant in self.study.trained_on(arm)
         ]
+
+    def with_seeds_on_disk(self) -> "Plan":
+        """Results are means over these seeds: of the plan, and of all runs of its arms that are there."""
+        found = set(self.seeds)
+        for arm in self.study.trained():
+            for variant in self.study.trained_on(arm):
+                names = (path.name for path in (self.folder / arm).glob(f"{variant}-*"))
+                matches = (re.fullmatch(re.escape(variant) + r"-([0-9]+)", name) for name in names)
+                found |= {int(match[1]) for match in matches if match}
+        return replace(self, seeds=tuple(sorted(found)))
 
     def stages(self, arm: str) -> list[str]:
         """Names of the stages that an arm trains, in order: those of the last file that names any."""
@@ -87,7 +112,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f"{self.arm}-{self.variant}-{self.seed}"
+        return self.plan.study.job_name(self.arm, self.variant, self.seed)
 
     @property
     def prefix(self) -> str | None:
@@ -131,14 +156,17 @@ class Job:
 
     def command(self, branch: Path | None, checkpoint_stages: Sequence[str]) -> list[str]:
         """branch: the checkpoint to go on from where the run has none of its own."""
-        study = self.plan.study
         start = [f"--resume={self.last}"] if self.state() == "resume" else [f"--branch={branch}"] if branch else []
         stages = [f"--checkpoint_stages=[{','.join(checkpoint_stages)}]"] if checkpoint_stages else []
+        return [*self.plan.program, *self.arguments(), *stages, *start]
+
+    def arguments(self) -> list[str]:
+        """What the program is given however far the run is."""
+        study = self.plan.study
         return [
-            *self.plan.program, "--exp", study.arms[self.arm].experiment,
-            "--encoders", study.encoders, "--data", self.plan.data, f"--experiment={self.arm}",
-            f"--runs={self.plan.folder}", *self.options(), f"--seed_everything={self.seed}",
-            f"--trainer.callbacks+={COST}", *stages, *start,
+            "--exp", study.arms[self.arm].experiment, "--encoders", study.encoders, "--data", self.plan.data,
+            f"--experiment={self.arm}", f"--runs={self.plan.folder}", *self.options(),
+            f"--seed_everything={self.seed}", f"--trainer.callbacks+={COST}",
         ]  # fmt: skip
 
     def clear(self) -> None:
@@ -183,24 +211,45 @@ def _stages_until_prefix(job: Job) -> list[str]:
     return stages[: stages.index(job.prefix) + 1]
 
 
-def refuse_changes(jobs: Iterable[Job], recorded: dict[str, Any]) -> None:
-    """Raises ValueError where runs on disk were made by another definition, or of none that is known.
+def changes(jobs: Iterable[Job], recorded: dict[str, Any]) -> dict[Job, str]:
+    """The runs on disk that were made by another definition, or by none that is known, and what differs.
 
     recorded: definitions by name of the job, as the study's folder holds them.
     """
-    changed = []
+    changed = {}
     for job in jobs:
-        if not job.run.exists():
-            continue
+        if not (job.run / "results.json").exists() and not any(job.run.glob("checkpoints/*")) and not is_alive(job.log):
+            continue  # nothing of it will be used
         before, now = (flattened(d) for d in (recorded.get(job.name, {}), job.definition()))
         keys = [key for key in now.keys() | before.keys() if now.get(key) != before.get(key)]
         if keys:
             told = [f"{key} was {before.get(key)}, is {now.get(key)}" for key in sorted(keys)[:3]]
-            more = [f"and {len(keys) - 3} more"] if len(keys) > 3 else []
-            changed.append(f"  {job.arm} ({job.run}): {'; '.join(told + more)}")
+            changed[job] = "; ".join(told + ([f"and {len(keys) - 3} more"] if len(keys) > 3 else []))
+    return changed
+
+
+def refuse_changes(plan: Plan, recorded: dict[str, Any]) -> None:
+    """Raises ValueError where runs on disk are of another definition: of other seeds too, for results hold them all."""
+    changed = [
+        f"  {job.arm} ({job.run}): {why}" for job, why in changes(plan.with_seeds_on_disk().jobs(), recorded).items()
+    ]
     if changed:
         raise ValueError(
             "these runs were made by another definition or on other data:\n" + "\n".join(changed[:8])
             + (f"\n  and {len(changed) - 8} more" if len(changed) > 8 else "")
-            + "\nDelete their folders to train them anew, or keep them and give the study another name (copy its file)"
+            + "\nMake it as it was, or give the study another name (copy its file) and keep these; only where they are "
+            "not wanted any more, delete their folders"
         )  # fmt: skip
+
+
+def refuse_mistakes(jobs: Iterable[Job]) -> None:
+    """Parses the options of each arm and variant that is not done, before hours of others. Raises ValueError."""
+    seen = set()
+    for job in jobs:
+        if (job.arm, job.variant) in seen or job.state() == "done":
+            continue
+        seen.add((job.arm, job.variant))
+        try:
+            job.plan.parse(job.arguments())
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"study {job.plan.study.name}, arm {job.arm} on {job.variant}: {error}") from error

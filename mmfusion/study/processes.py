@@ -6,7 +6,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from mmfusion.options import shown
 
 TAIL = 15  # lines that tell why a run failed
 PATIENCE = 30.0  # seconds that a run has to stop before it is killed
+END = 16_384  # bytes of a log's end, in which its bars are
 
 
 @dataclass
@@ -27,11 +28,17 @@ class Child:
     offset: int
     started: float
 
+    def said(self, end: int | None = None) -> str:
+        """All that it wrote, or the last `end` bytes; "" where the log cannot be read."""
+        with suppress(OSError), self.log.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(self.offset if end is None else max(self.offset, size - end))
+            return file.read().decode("utf-8", "replace")
+        return ""
+
     def tail(self) -> list[str]:
         """The last lines that it wrote; of a line that was written over and over, its last state."""
-        with self.log.open("rb") as file:
-            file.seek(self.offset)
-            lines = file.read().decode("utf-8", "replace").split("\n")
+        lines = self.said().split("\n")
         return [line.rstrip().rpartition("\r")[2] for line in lines if line.strip()][-TAIL:]
 
 
@@ -70,17 +77,17 @@ def start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> 
     return Child(process, log, offset, time.time())
 
 
-def stop(children: Sequence[Child], patience: float = PATIENCE) -> None:
-    """Asks all to stop, as Ctrl-C does; kills those that have not within `patience` seconds, and what they started."""
+def stop(children: Sequence[Child], hurry: Callable[[], bool], patience: float = PATIENCE) -> None:
+    """Asks all to stop, as Ctrl-C does; kills those that have not within `patience` seconds, and what they started.
+
+    hurry: whether not to wait any longer. Signals must not raise in here.
+    """
     for child in children:
         child.process.send_signal(signal.SIGINT)
     until = time.monotonic() + patience
-    try:
-        for child in children:
-            with suppress(subprocess.TimeoutExpired):
-                child.process.wait(max(0.0, until - time.monotonic()))
-    finally:  # an impatient second Ctrl-C too
-        for child in children:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(child.process.pid, signal.SIGKILL)
-            child.process.wait()
+    while any(child.process.poll() is None for child in children) and time.monotonic() < until and not hurry():
+        time.sleep(0.05)
+    for child in children:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.process.pid, signal.SIGKILL)
+        child.process.wait()

@@ -1,25 +1,31 @@
 """The jobs of a study one after the other, so many at a time: what runs next, and what became of it."""
 
 import time
+from contextlib import suppress
 
+from mmfusion.branch import NEW_RUN
 from mmfusion.retrieval.report import primary_view, read_results
+from mmfusion.study.definition import LOGS
 from mmfusion.study.diary import Diary
 from mmfusion.study.estimate import time_left
 from mmfusion.study.jobs import Job
-from mmfusion.study.processes import Child, is_alive, start, stop
+from mmfusion.study.processes import END, Child, is_alive, start, stop
+from mmfusion.study.progress import Progress, progress
+from mmfusion.study.signals import Interrupted, Signals
 from mmfusion.study.slots import environment
 
 PAUSE = 0.2  # seconds between two looks at what runs
-
-
-class Interrupted(BaseException):
-    """Ctrl-C, or a signal to stop; the runs have been stopped."""
+TELL = 60.0  # seconds between two lines that say how far it is
+GOES_ON = "the same command goes on from here"
 
 
 class Queue:
     """The jobs of a study and what runs. A job takes a free slot; a slot has its share of cores and GPUs."""
 
-    def __init__(self, jobs: list[Job], shared: dict[Job, list[str]], diary: Diary, side_by_side: int) -> None:
+    def __init__(
+        self, jobs: list[Job], shared: dict[Job, list[str]], diary: Diary, side_by_side: int, signals: Signals
+    ) -> None:
+        self.signals, self.told = signals, time.monotonic()
         self.jobs, self.shared, self.diary, self.slots = jobs, shared, diary, side_by_side
         self.waiting = [job for job in jobs if job.state() != "done"]
         self.running: dict[Job, tuple[Child, int]] = {}
@@ -28,27 +34,44 @@ class Queue:
         self.environments = [environment(slot, side_by_side) for slot in range(side_by_side)]
 
     def run(self) -> list[Job]:
+        """Returns those that failed. Whatever goes wrong, nothing runs on afterwards.
+
+        Raises Interrupted, and ValueError where the disk is full or what the study writes is taken away.
+        """
         done = len(self.jobs) - len(self.waiting)
         study = self.jobs[0].plan.study.name
-        logs = self.jobs[0].log.parent
+        logs = self.jobs[0].plan.folder / LOGS
         self.say(f"study {study}: {len(self.jobs)} runs, {done} done, {self.slots} at a time; logs in {logs}")
         for job in self.jobs:
             if job not in self.waiting:
                 self.diary.cost(job)
         self.find_foreign()
-        try:
-            while self.waiting or self.running:
-                self.start_some()
-                time.sleep(PAUSE)
-                self.collect()
-                self.collect_foreign()
-        except KeyboardInterrupt:
-            self.interrupt()
-            raise Interrupted from None
+        with self.signals.counted():
+            try:
+                self.work()
+            except OSError as error:
+                raise ValueError(f"{error}. The runs are stopped; once that is mended, {GOES_ON}") from error
+            finally:
+                stopped = bool(self.waiting or self.running)
+                self.stop_all()
+        if stopped:
+            raise Interrupted
         return self.failed
+
+    def work(self) -> None:
+        """Until all is done, or a signal came."""
+        while (self.waiting or self.running) and not self.signals.asked:
+            self.start_some()
+            time.sleep(PAUSE)
+            self.collect()
+            self.collect_foreign()
+            if time.monotonic() - self.told > TELL:
+                self.tell()
 
     def start_some(self) -> None:
         for job in list(self.waiting):
+            if self.signals.asked:
+                return
             free = set(range(self.slots)) - {taken for _, taken in self.running.values()}
             if len(free) <= len(self.foreign):
                 return
@@ -113,34 +136,64 @@ class Queue:
                 minutes = (time.time() - child.started) / 60
                 self.say(f"{job.name} is done in {minutes:.1f} min{_score(job)}; {self.left()}")
             else:
-                self.diary.ends(job, "failed", rc, child.tail())
+                tail = [*child.tail(), *_advice(job, child)]
+                self.diary.ends(job, "failed", rc, tail)
                 self.failed.append(job)
-                last = "\n".join(f"    {line}" for line in child.tail())
+                last = "\n".join(f"    {line}" for line in tail)
                 self.say(f"{job.name} FAILED with exit code {rc} ({job.log}):\n{last}\n{self.left()}")
 
-    def interrupt(self) -> None:
+    def stop_all(self) -> None:
+        """What still runs, and says so; nothing where all is done."""
+        if not self.waiting and not self.running:
+            return
         children = [child for child, _ in self.running.values()]
-        if children:
-            self.say(f"stopping {', '.join(job.name for job in self.running)}; once more Ctrl-C kills")
-        try:
-            stop(children)
-        finally:
+        names = ", ".join(job.name for job in self.running)
+        with suppress(OSError):  # a terminal that is gone
+            if children:
+                self.say(f"stopping {names}; once more Ctrl-C kills")
+        asked = self.signals.asked
+        stop(children, lambda: self.signals.asked > asked)
+        with suppress(OSError):  # a full disk too
             for job, (child, _) in self.running.items():
                 self.diary.ends(job, "done" if job.state() == "done" else "stopped", child.process.poll(), child.tail())
+        with suppress(OSError):
             done = sum(job.state() == "done" for job in self.jobs)
-            self.say(f"stopped with {done} of {len(self.jobs)} runs done; the same command goes on from here")
+            self.say(f"stopped with {done} of {len(self.jobs)} runs done; {GOES_ON}")
+
+    def tell(self) -> None:
+        """What runs, and how far it is."""
+        self.told = time.monotonic()
+        far = {job: self.progress(job) for job in self.running}
+        lines = [f"{job.name}: {there or 'no step yet'}" for job, there in far.items()]
+        self.say("; ".join([*lines, *(f"{job.name} runs" for job in self.foreign), self.left()]))
+
+    def progress(self, job: Job) -> Progress | None:
+        return progress(self.running[job][0].said(END))
 
     def left(self) -> str:
         """How many are done, and how long the others take."""
         done = len(self.jobs) - len(self.waiting) - len(self.running) - len(self.failed)
         now = time.time()
         spent = {job: (now - child.started) / 60 for job, (child, _) in self.running.items()}
-        minutes = time_left(self.waiting, spent, self.diary.jobs, self.slots)
+        far = {job: self.progress(job) for job in self.running}
+        known = {job: there.minutes for job, there in far.items() if there is not None and there.minutes is not None}
+        minutes = time_left(self.waiting, spent, self.diary.jobs, self.slots, known)
         failed = f", {len(self.failed)} failed" if self.failed else ""
         return f"{done} of {len(self.jobs)} done{failed}" + (f", about {minutes:.0f} min left" if minutes else "")
 
     def say(self, text: str) -> None:
         print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+
+
+def _advice(job: Job, child: Child) -> list[str]:
+    """What its message cannot know, as it knows nothing of studies."""
+    if NEW_RUN not in child.said():
+        return []
+    stages = ", ".join(job.plan.stages(job.arm)[: job.plan.stages(job.arm).index(str(job.prefix)) + 1])
+    return [
+        f"arm {job.arm} differs from the others in stages that it shares with them ({stages}): give it `prefix: null` "
+        "in the study's file, and it trains them by itself; or leave out what differs"
+    ]
 
 
 def _group(job: Job) -> tuple[str, int]:

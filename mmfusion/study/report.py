@@ -1,5 +1,6 @@
 """A study's report.json, report.html and table on the terminal, made from what lies in its folder."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -9,19 +10,28 @@ from rich.console import Console
 from mmfusion.retrieval.html.page import write_page
 from mmfusion.retrieval.report import write_results
 from mmfusion.retrieval.seeds import Estimate
-from mmfusion.study.claims import Differences, differences, judge
+from mmfusion.study.claims import judge
 from mmfusion.study.definition import Study
+from mmfusion.study.differences import Differences, differences
+from mmfusion.study.notes import notes, runs_by_commit
 from mmfusion.study.page import page
 from mmfusion.study.results import Results, Row, read_study
 from mmfusion.study.table import print_study
 
 
-def write_study(folder: Path, study: Study, data: str | Path = "", console: Console | None = None) -> Path:
+def write_study(
+    folder: Path,
+    study: Study,
+    data: str | Path = "",
+    console: Console | None = None,
+    changed: Mapping[str, str] | None = None,
+) -> Path:
     """Writes report.json and report.html into the study's folder, prints the table and the claims; returns the page.
 
-    Works at any time: what is not there yet is listed as missing. data: its address, for the reader.
+    Works at any time: what is not there yet is listed as missing, and so are the runs of `changed`, with the reason.
+    data: its address, for the reader.
     """
-    results = read_study(folder, study)
+    results = read_study(folder, study, changed)
     report = told(results, str(data))
     write_results(folder / "report.json", report)
     path = write_page(folder / "report.html", page(report))
@@ -32,8 +42,9 @@ def write_study(folder: Path, study: Study, data: str | Path = "", console: Cons
 def told(results: Results, data: str) -> dict[str, Any]:
     """All of report.json, from which the page and the table are made.
 
-    {"study", "data", "manifest", "commits", "split", "metric", "reference", "seeds", "runs", "tests", "minutes" (of all
-    jobs), "side_by_side", "variants": {name: [arm's row]}, "claims": [...], "missing": [...], "notes": [sentences]}.
+    {"study", "data", "manifest", "commits", "split", "metric", "reference", "seeds", "runs",
+    "tests": {"table", "claims"}, "minutes" (of all jobs), "side_by_side", "variants": {name: [arm's row]},
+    "claims": [...], "missing": [...], "notes": [sentences]}.
     """
     tests = differences(results)
     runs = {run.folder: run for row in results.all_rows() for run in row.runs.values()}
@@ -42,13 +53,13 @@ def told(results: Results, data: str) -> dict[str, Any]:
         "study": results.study.name,
         "data": data,
         "manifest": next((one.get("manifest") for one in about), None),
-        "commits": list(dict.fromkeys(one["commit"] for one in about if one.get("commit"))),
+        "commits": list(runs_by_commit(results)),
         "split": results.split,
         "metric": results.metric,
         "reference": results.study.reference,
         "seeds": results.seeds,
         "runs": len(runs),
-        "tests": len(tests),
+        "tests": {"table": len(tests.table), "claims": len(tests.claims)},
         "minutes": sum(job.get("minutes") or 0 for job in results.jobs.values()),
         "side_by_side": max((job.get("jobs") or 1 for job in results.jobs.values()), default=1),
         "variants": {
@@ -60,7 +71,7 @@ def told(results: Results, data: str) -> dict[str, Any]:
             for one in judge(results, tests)
         ],
         "missing": _missing(results),
-        "notes": _notes(results),
+        "notes": notes(results, tests),
     }  # fmt: skip
 
 
@@ -68,7 +79,7 @@ def _row(row: Row, results: Results, tests: Differences) -> dict[str, Any]:
     """{"arm", "view", "seeds", "missing", "val", "mean", "by_seed", "others", "difference", "cost", "runs"}."""
     split, metric = results.split, results.metric
     validated = row.mean("val", metric)
-    difference = tests.less(row.variant, row.arm, results.study.reference)
+    difference = tests.to_reference(row, results.study.reference)
     return {
         "arm": row.arm,
         "view": row.view,
@@ -120,20 +131,3 @@ def _missing(results: Results) -> list[dict[str, Any]]:
             path = results.study.run_folder(results.folder, row.arm, row.variant, seed)
             found.setdefault((path, why), {"arm": row.arm, "variant": row.variant, "seed": seed, "why": why})
     return list(found.values())
-
-
-def _notes(results: Results) -> list[str]:
-    """What a reader must know of the numbers."""
-    notes = []
-    if len(results.seeds) == 1:
-        notes.append("One seed: intervals and p are over queries alone and say nothing of other seeds.")
-    if len(results.seeds) == 2:
-        notes.append("Two seeds: intervals may be too narrow where seeds decide (they hold the mean in .86 of cases).")
-    reference = results.study.reference
-    bare = [variant for variant, rows in results.rows.items() if reference in rows and not rows[reference].runs]
-    if bare:
-        notes.append(f"No differences on {' and '.join(bare)}: the reference {reference} has no finished run there.")
-    few = {row.arm for row in results.all_rows() if row.runs and row.missing}
-    if few:
-        notes.append(f"Over fewer seeds than the others: {', '.join(sorted(few))}; differences use common seeds.")
-    return notes

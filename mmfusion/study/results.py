@@ -41,10 +41,17 @@ class Row:
 
     def less(self, other: "Row", split: str, metric: str) -> Estimate | None:
         """The mean difference to another row, paired by query and seed; None where they share no query or no seed."""
+        return _estimated(self._less(other, split, metric))
+
+    def comparable(self, other: "Row", split: str, metric: str) -> bool:
+        """Whether `less` finds anything."""
+        return _any_known(self._less(other, split, metric))
+
+    def _less(self, other: "Row", split: str, metric: str) -> Float[np.ndarray, "seed query"]:
         seeds = [seed for seed in self.runs if seed in other.runs]
         query_ids = list(dict.fromkeys([*self._query_ids(split, metric), *other._query_ids(split, metric)]))
         mine, others = (row._array(split, metric, seeds, query_ids) for row in (self, other))
-        return _estimated(mine - others)
+        return mine - others
 
     def _query_ids(self, split: str, metric: str) -> list[str]:
         return list(dict.fromkeys(id for found in self.values.values() for id in found.get(split, {}).get(metric, {})))
@@ -59,7 +66,12 @@ class Row:
 
 
 def _estimated(values: Float[np.ndarray, "seed query"]) -> Estimate | None:
-    return estimate(values) if values.size and (~np.isnan(values)).all(0).any() else None
+    return estimate(values) if _any_known(values) else None
+
+
+def _any_known(values: Float[np.ndarray, "seed query"]) -> bool:
+    """Whether a query has a value under every seed."""
+    return bool(values.size and (~np.isnan(values)).all(0).any())
 
 
 @dataclass(frozen=True)
@@ -84,18 +96,20 @@ class Results:
 
     def job(self, row: Row, seed: int) -> Mapping[str, Any]:
         """What jobs.json tells of the run behind a row; {} where nothing."""
-        return self.jobs.get(_job_name(self.study, row.arm, row.variant, seed), {})
+        return self.jobs.get(self.study.job_name(row.arm, row.variant, seed), {})
 
 
-def read_study(folder: Path, study: Study) -> Results:
+def read_study(folder: Path, study: Study, changed: Mapping[str, str] | None = None) -> Results:
     """Reads <folder>/<arm>/<variant>-<seed>/ of all arms, jobs.json and study.json.
 
-    A run on other data than the reference's, or measured in another way, is missing too.
+    A run on other data than the reference's, or measured in another way, is missing too; and so are those of `changed`,
+    by name of the job, with the reason.
     """
     jobs = read_json(folder / JOBS)
     seeds = sorted({*read_json(folder / STUDY).get("seeds", []), *_seeds_on_disk(folder, study)})
     runs = {
-        (arm, variant, seed): _run(folder, study, arm, variant, seed, jobs)
+        (arm, variant, seed): (changed or {}).get(study.job_name(arm, variant, seed))
+        or _run(folder, study, arm, variant, seed, jobs)
         for arm in dict.fromkeys([study.reference, *study.arms])
         for variant in study.variants_of(arm)
         for seed in seeds
@@ -126,18 +140,13 @@ def _run(folder: Path, study: Study, arm: str, variant: str, seed: int, jobs: Ma
             return run
     except ValueError as error:
         return str(error)
-    about = jobs.get(_job_name(study, arm, variant, seed), {})
+    about = jobs.get(study.job_name(arm, variant, seed), {})
     if about.get("state") == "failed":
         tail = about.get("tail") or ["it wrote nothing"]
         return f"failed with exit code {about.get('rc')}: {tail[-1]}"
     if about.get("state") == "running":
         return "still runs, or its runner was killed"
     return "was stopped before its end" if path.is_dir() else "was not trained yet"
-
-
-def _job_name(study: Study, arm: str, variant: str, seed: int) -> str:
-    path = study.run_folder(Path(), arm, variant, seed)
-    return f"{path.parent.name}-{path.name}"
 
 
 def _measures(study: Study, run: Finished | None) -> tuple[str, str, list[str]]:

@@ -65,6 +65,11 @@ class StrictFile:
             raise self.error(where, f"is {given!r}", "expected true or false")
         return given
 
+    def count(self, given: Any, where: str) -> int:
+        if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+            raise self.error(where, f"is {given!r}", "expected a whole number from 1 on")
+        return given
+
     def among(self, name: Any, names: Collection[str], where: str, found: str = "") -> None:
         if name not in names:
             near = difflib.get_close_matches(str(name), list(names), 1)

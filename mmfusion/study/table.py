@@ -19,7 +19,8 @@ def print_study(report: Mapping[str, Any], console: Console) -> None:
     seeds = len(report["seeds"])
     console.print(
         f"study {report['study']}: {report['metric']} on {report['split']}, mean over {seeds} seed{'s'[: seeds != 1]}; "
-        f"difference to {report['reference']}; 95 % intervals; p corrected for {report['tests']} tests",
+        f"difference to {report['reference']}; 95 % intervals; p corrected for "
+        f"the {report['tests']['table']} tests of the table, in claims for their {report['tests']['claims']}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     for variant, rows in report["variants"].items():

@@ -1,5 +1,6 @@
 """Batches without content, against those that are read: equal in everything but texts and photos."""
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -316,7 +317,7 @@ def test_the_corpus_without_content(tables: Tables, workers: int) -> None:
         read, counts = list(loader), loader.failures.reasons
         begun = iter(loader)
         next(begun)
-        data.leave_out(known, 0)
+        data.leave_out_of_evaluation(known)
         assert next(begun).shown, "an evaluation that has begun keeps what it has"
         del begun
         assert all(same(bare(a), b) for a, b in zip(read, loader, strict=True))
@@ -325,7 +326,7 @@ def test_the_corpus_without_content(tables: Tables, workers: int) -> None:
             "no photo before": counts["not a photo"],
         }
         assert data.products(np.arange(3)).shown
-        data.leave_out(None, 0)
+        data.leave_out_of_evaluation(None)
         assert all(same(a, b) for a, b in zip(read, loader, strict=True))
 
 
@@ -333,7 +334,7 @@ def test_the_corpus_without_content(tables: Tables, workers: int) -> None:
 def test_any_products_in_batches(tables: Tables, workers: int) -> None:
     data = damaged(tables, "test", workers=workers)
     ids = np.random.default_rng(0).permutation(PRODUCTS)[:70]
-    with pytest.warns(UserWarning, match=r"products: \d+ of 70 products failed"):
+    with pytest.warns(UserWarning, match=rf"products: \d+ of {PRODUCTS} products failed"):
         batches = list(data.product_batches(ids))
     assert [len(batch.id) for batch in batches] == [16] * 4 + [6]
     assert torch.cat([batch.id for batch in batches]).tolist() == ids.tolist()
@@ -345,7 +346,7 @@ def test_any_products_in_batches(tables: Tables, workers: int) -> None:
         assert all(same(a, b) if name != "text" else a == b for a, b in zip(rows, getattr(whole, name), strict=True))
     assert list(data.product_batches(ids[:0])) == []
     data.max_broken = 0.01
-    with pytest.raises(ValueError, match=r"products: \d+ of 70 products failed .*data.max_broken=0.01"):
+    with pytest.raises(ValueError, match=rf"products: \d+ of {PRODUCTS} products failed .*data.max_broken=0.01"):
         list(data.product_batches(ids))
 
 
@@ -370,5 +371,7 @@ def test_what_is_lost_counts_in_each_pass(tables: Tables, known: Known) -> None:
 def test_what_a_product_looks_like_is_said_in_json(tables: Tables) -> None:
     data = module(tables, "test", max_broken=1.0, text_fields=["title", "brand"], modalities=["text"])
     expected = {"text_fields": ["title", "brand"], "image_size": list(SIZE), "modalities": ["text"]}
-    assert data.shows == expected
+    assert data.shows["decoding"]["decode_photo"] == 1
+    assert {name: value for name, value in data.shows.items() if name != "decoding"} == expected
+    assert json.loads(json.dumps(data.shows)) == data.shows
     assert data.queries() == QUERIES

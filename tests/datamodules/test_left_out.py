@@ -37,6 +37,7 @@ class Staged(Recorder):
         until = next((end for begin, end in ENDS.items() if begin <= step < end), 0)
         if until != self.until:
             data.leave_out(self.known if until else None, until)
+            data.leave_out_of_evaluation(self.known if until else None)
             self.until = until
 
     def training_step(self, batch: TupleBatch, batch_idx: int) -> torch.Tensor:

@@ -66,15 +66,20 @@ STAGES = {
     "split_align": ["adapt", "align_text", "align_image", "fuse"],
 }  # fmt: skip
 
+OF_ENCODERS = {"tuned_text": "minilm"}  # experiments that name layers of theirs
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_experiment_trains_and_reports(mmfusion, shards, name):
-    code, out, errors = mmfusion("train", "--exp", name, "--data", str(shards), *SMALL)
+    encoders = OF_ENCODERS.get(name, "tiny")
+    code, out, errors = mmfusion("train", "--exp", name, "--encoders", encoders, "--data", str(shards), *SMALL)
     assert code == 0, errors
     run = only_run(name)
     assert out.rstrip().splitlines()[-1] == f"run: {run}"
     results = json.loads((run / "results.json").read_text())
-    views = {"text_only": ["text"], "image_only": ["image"]}.get(name, ["text", "image", "fused"])
+    views = {"text_only": ["text"], "tuned_text": ["text"], "image_only": ["image"]}.get(
+        name, ["text", "image", "fused"]
+    )
     of_both = ["score_fusion"] if len(views) == 3 else []
     assert list(results["test"]) == list(results["val"]) == [*views, *of_both, *BASELINES]
     assert set(results["test"][views[-1]]["relevance/ndcg@10"]) == {"value", "low", "high"}

@@ -1,5 +1,6 @@
 """The feature cache in a run: nothing changes but the time it takes, and what is stale is never read."""
 
+import copy
 import logging
 import re
 from collections import Counter
@@ -14,8 +15,10 @@ from lightning import Callback
 
 from mmfusion.encoders import ScratchTextEncoder, TimmEncoder
 from mmfusion.feature_cache import CacheOptions, store
+from mmfusion.feature_cache.cache import why_not
 from mmfusion.feature_cache.uses import Use, sides_used, spans, without_content
 from mmfusion.fusion import CrossAttention, Gated
+from mmfusion.memo import weights_of
 from mmfusion.stages import LossWeights, Stage, Until
 from tests.datamodules.small import convert, small_catalogue
 from tests.ddp import run_ranks
@@ -190,9 +193,9 @@ def resized() -> TimmEncoder:
 
 
 OTHERS: dict[str, tuple[int, Callable[[], dict[str, Any]], Callable[[], dict[str, Any]]]] = {
-    "text field": (3, dict, lambda: {"data": {"text_fields": ["title", "brand"]}}),
+    "text field": (2, dict, lambda: {"data": {"text_fields": ["title", "brand"]}}),
     "weights": (2, dict, lambda: {"text": reseeded()}),
-    "image size": (2, lambda: {"image": resized()}, lambda: {"image": resized(), "data": {"image_size": 40}}),
+    "image size": (1, lambda: {"image": resized()}, lambda: {"image": resized(), "data": {"image_size": 40}}),
     "tokens": (3, dict, lambda: {"fusion": ATTENTION}),
     "tokens no more": (3, lambda: {"fusion": ATTENTION}, dict),
     "precision": (3, dict, lambda: {"trainer": {"limit_val_batches": 0, "precision": "bf16-mixed"}}),
@@ -208,6 +211,35 @@ def test_what_others_have_made_is_never_read(branded, tmp_path, root, what):
     cached = frozen_run(branded, tmp_path, **after())
     assert len(folders(root) - made) == new
     check_equal(frozen_run(branded, tmp_path, cache=OFF, **after()), cached)
+
+
+class WithoutWeights(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_an_encoder_without_weights_is_not_stored():
+    assert why_not(WithoutWeights().eval()) == "it has no weights to freeze"
+    assert weights_of(WithoutWeights()).tolist() == []
+
+
+@pytest.mark.parametrize("what", ["data", "precision"])
+def test_a_module_that_is_fitted_again_reads_nothing_of_before(shards, branded, tmp_path, root, what):
+    """With frozen encoders and projections that start anew, as a module of its own that never saw the first fit."""
+    path = branded if what == "data" else shards
+    options = {"precision": "bf16-mixed"} if what == "precision" else {}
+
+    def fitted(*paths: Path, cache: CacheOptions) -> dict[str, torch.Tensor]:
+        module = small_module(stages=FROZEN, cache=cache)
+        before = copy.deepcopy(module.state_dict())
+        for place, one in enumerate(paths):
+            module.load_state_dict(before)
+            chosen = options if place + 1 == len(paths) else {}
+            small_trainer(tmp_path, steps=2, **chosen).fit(module, small_data(one))
+        return weights(module)
+
+    alone, after = fitted(path, cache=OFF), fitted(shards, path, cache=CacheOptions())
+    assert [name for name in alone if not torch.equal(alone[name], after[name])] == []
 
 
 def test_another_catalogue_has_its_own(shards, branded, tmp_path, root):

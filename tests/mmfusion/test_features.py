@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mmfusion.encoders import Encoded, ScratchTextEncoder, SentenceTransformerEncoder, TextEncoder
-from mmfusion.memo import ROWS, FeatureMemo, photo_keys, token_keys
+from mmfusion.memo import ROWS, FeatureMemo, photo_keys, token_keys, weights_of
 
 
 class Encoder(nn.Module):
@@ -49,12 +49,12 @@ def test_kept_outputs_equal_fresh_ones_and_nothing_is_encoded_twice(keep_tokens)
 def test_changed_weights_are_noticed():
     memo, encoder = FeatureMemo(False, 1.0), Encoder()
     ids = torch.tensor([5, 6])
-    memo.sync(encoder)
+    memo.sync(weights_of(encoder))
     remember(memo, encoder, ids)
-    memo.sync(encoder)
+    memo.sync(weights_of(encoder))
     assert len(memo.slot) == 2
     encoder.weight[0] += 1
-    memo.sync(encoder)
+    memo.sync(weights_of(encoder))
     assert not memo.slot
     assert torch.equal(remember(memo, encoder, ids).pooled, encoder(ids).pooled)
 

@@ -1,17 +1,26 @@
 """Who is who among encoders: the same weights anywhere, nothing else."""
 
 import copy
+import importlib
+import linecache
+import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from mmfusion.encoders import ScratchTextEncoder, SentenceTransformerEncoder, TextEncoder, TimmEncoder
 from mmfusion.encoders.checkpoint import MINILM, packaged_folder
-from mmfusion.feature_cache import described, digest
+from mmfusion.feature_cache import NoIdentityError, described, digest, plain
 
 TEXTS = ["red running shoes", "navy blue dress", "a shirt with stripes"]
 IN_ANOTHER_PROCESS = """
@@ -174,3 +183,126 @@ def test_digest_is_of_content_not_of_order() -> None:
     assert digest({"a": 1, "b": (1, 2)}) == digest({"b": [1, 2], "a": 1}) != digest({"a": 1, "b": [2, 1]})
     with pytest.raises(TypeError):
         digest({"a": object()})
+
+
+# ---- attributes that no weight and no repr shows ---------------------------------------------------------------------
+
+
+@dataclass
+class Crop:
+    size: int = 8
+
+
+class Mean:
+    def __init__(self, *of: float) -> None:
+        self.of = of
+
+    def times(self, by: float = 2.0) -> float:
+        return sum(self.of) * by
+
+
+class Colour(IntEnum):
+    RED = 1
+
+
+class Side(IntEnum):
+    LEFT = 1
+
+
+def times(by: float) -> Callable[[float], float]:
+    return lambda value: value * by
+
+
+UNLIKE: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+    "a dataclass": (lambda: Crop(8), lambda: Crop(9)),
+    "an object": (lambda: Mean(1.0, 2.0), lambda: Mean(1.0, 3.0)),
+    "an object within": (lambda: [Mean(1.0)], lambda: [Mean(2.0)]),
+    "a method of an object": (lambda: Mean(1.0).times, lambda: Mean(2.0).times),
+    "arguments of a partial": (lambda: partial(pow, 2), lambda: partial(pow, 3)),
+    "keywords of a partial": (lambda: partial(pow, exp=2), lambda: partial(pow, exp=3)),
+    "a partial's function": (lambda: partial(max, 2), lambda: partial(min, 2)),
+    "code": (lambda: lambda value: value + 1, lambda: lambda value: value - 1),
+    "constants in code": (lambda: lambda value: value + 1, lambda: lambda value: value + 2),
+    "what a function closes over": (lambda: times(2.0), lambda: times(3.0)),
+    "defaults": (lambda: lambda value, by=1: value * by, lambda: lambda value, by=2: value * by),
+    "numpy values": (lambda: np.arange(3), lambda: np.arange(3)[::-1]),
+    "numpy dtypes": (lambda: np.float32(1), lambda: np.float64(1)),
+    "bytes": (lambda: b"a", lambda: b"b"),
+    "kinds of numbers": (lambda: 1, lambda: 1.0),
+    "kinds of keys": (lambda: {1: 0}, lambda: {"1": 0}),
+    "order": (lambda: {"a": 0, "b": 1}, lambda: {"b": 1, "a": 0}),
+    "list and tuple": (lambda: [1], lambda: (1,)),
+    "enums of one value": (lambda: Colour.RED, lambda: Side.LEFT),
+    "a pattern's flags": (lambda: re.compile("a"), lambda: re.compile("a", re.IGNORECASE)),
+    "harmless names elsewhere": (lambda: {"augment": 1}, lambda: {"augment": 2}),
+    "a class": (lambda: Mean, lambda: Crop),
+}
+
+
+@pytest.mark.parametrize("name", ["option", "_private"])
+@pytest.mark.parametrize("what", UNLIKE)
+def test_what_may_differ_has_another_key(what: str, name: str) -> None:
+    class Own(nn.Module):
+        def __init__(self, value: object) -> None:
+            super().__init__()
+            setattr(self, name, value)
+
+    one, other = UNLIKE[what]
+    assert of(Own(one())) == of(Own(one())) != of(Own(other()))
+
+
+def of_itself() -> object:
+    value: list[object] = []
+    value.append(value)
+    return value
+
+
+UNKNOWN: dict[str, tuple[Callable[[], object], str]] = {
+    "a lock": (threading.Lock, r"its part 'inner': option is a _thread.lock"),
+    "within": (lambda: {"a": [threading.Lock()]}, r"option\['a'\]\[0\] is a _thread.lock"),
+    "in a closure": (lambda: times(threading.Lock()), r"the closure of .*option\[0\] is a _thread.lock"),
+    "in an object": (lambda: Mean(threading.Lock()), r"option.of\[0\] is a _thread.lock"),
+    "a module in a list": (lambda: [nn.Linear(1, 1)], r"option\[0\] is a torch.nn.modules.linear.Linear"),
+    "objects of numpy": (lambda: np.array([threading.Lock()]), r"option is a numpy.ndarray"),
+    "itself": (of_itself, "holds itself"),
+}
+
+
+@pytest.mark.parametrize("what", UNKNOWN)
+def test_what_cannot_be_told_apart_has_no_key(what: str) -> None:
+    value, told = UNKNOWN[what]
+    encoder = nn.Sequential()
+    encoder.inner = nn.Linear(1, 1)
+    encoder.inner.option = value()
+    with pytest.raises(NoIdentityError, match=told):
+        described(encoder)
+
+
+def test_a_method_of_a_part_is_that_part() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Identity(), nn.Identity()
+
+    first, second = Own(), Own()
+    first.chosen, second.chosen = first.a.forward, second.b.forward
+    again = Own()
+    again.chosen = again.a.forward
+    assert of(first) == of(again) != of(second)
+
+
+def test_other_code_in_the_file_of_a_users_encoder_is_another_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    keys = []
+    for number, line in enumerate(["return x * 2", "return x * 2  # twice", "return x * 3"]):
+        source = f"from torch import nn\n\n\nclass Own(nn.Module):\n    def forward(self, x):\n        {line}\n"
+        (tmp_path / f"own{number}").mkdir()
+        (tmp_path / f"own{number}" / "users_own.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path / f"own{number}")
+        monkeypatch.delitem(sys.modules, "users_own", raising=False)
+        plain._source.cache_clear()
+        linecache.clearcache()
+        keys.append(of(importlib.import_module("users_own").Own()))
+    assert keys[0] == keys[1] != keys[2]

@@ -186,7 +186,7 @@ def test_another_description_is_never_used(tmp_path: Path) -> None:
     other = KEY | {"encoder": "b"}
     assert folder_of(tmp_path, other) != folder_of(tmp_path, KEY) == folder_of(tmp_path, KEY | {"shape": [3, 4]})
     for use in (opened, open_stored):
-        with pytest.raises(ValueError, match=r"description.json is absent, or of other features.*delete"):
+        with pytest.raises(ValueError, match=r"description.json is damaged, or of other features.*delete"):
             use(folder_of(tmp_path, KEY), key=other) if use is opened else use(folder_of(tmp_path, KEY), other)
     assert open_stored(folder_of(tmp_path, other), other) is None
     assert not folder_of(tmp_path, other).exists()

@@ -9,7 +9,14 @@ from datamodules.tuples import TupleDataModule
 from mmfusion.batch import Judgments
 from mmfusion.retrieval import slices
 from mmfusion.retrieval.significance import bootstrap_interval
-from mmfusion.retrieval.slices import find_columns, product_slices, query_slices, slice_by_product, slice_by_query
+from mmfusion.retrieval.slices import (
+    find_columns,
+    product_slices,
+    query_slices,
+    slice_by_product,
+    slice_by_query,
+    stated_columns,
+)
 from tests.datamodules.small import write_rows
 
 # text, split, class: "hat" is in 12 train queries, "red" in 4, "cup" in 1
@@ -78,7 +85,8 @@ def test_slices_of_queries(data: TupleDataModule) -> None:
 
 
 def test_slices_of_products(data: TupleDataModule) -> None:
-    found = {name: by_product(data, of) for name, of in product_slices(data, ["brand", "products.class"]).items()}
+    slices_of = product_slices(data, data.product_texts(), ["brand", "products.class"])
+    found = {name: by_product(data, of) for name, of in slices_of.items()}
     assert found == {
         "train_positives": ["0 (cold start)", "1-4", "5+", "1-4", "5+", "0 (cold start)"],
         "text_words": ["0", "1-3", "1-3", "4-6", "7+", "4-6"],
@@ -86,6 +94,14 @@ def test_slices_of_products(data: TupleDataModule) -> None:
         "brand": ["(none)", "acme", "bolt", "acme", "acme", "(none)"],
         "products.class": ["a", "a", "b", "b", "(none)", "a"],
     }
+
+
+def test_stated_columns_are_those_of_products(data: TupleDataModule) -> None:
+    assert stated_columns(data, ["brand", "products.class"]) == {"brand": "brand", "products.class": "class"}
+    with pytest.raises(ValueError, match=r"no column 'brnd' for model.evaluation.stated; did you mean 'brand'\?"):
+        stated_columns(data, ["brnd"])
+    with pytest.raises(ValueError, match=r"no column 'queries.class' for model.evaluation.stated"):
+        stated_columns(data, ["queries.class"])
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,22 @@ import numpy as np
 import pytest
 import torch
 
+from datamodules.catalogue import read_catalogue
+from datamodules.importing.writer import write_shards
+from datamodules.tuples import TupleDataModule
 from mmfusion.batch import Judgments, ProductBatch
 from mmfusion.dashboard import exclusive_rows, gate_rows
 from mmfusion.fusion import ConcatMLP, MoEBilinear
 from mmfusion.outcome import leave
 from mmfusion.retrieval.answers import EVERYTHING, LITTLE, MUCH, NONE, answer_slices, stated, words
+from mmfusion.retrieval.breakdown import breakdown
+from mmfusion.retrieval.collected import Either
 from mmfusion.retrieval.evaluation import Evaluation, ViewResult
-from mmfusion.retrieval.examination import Examination, places
+from mmfusion.retrieval.examination import WITHOUT, Examination, places
 from mmfusion.retrieval.exclusive import among, exclusive_matches
 from mmfusion.retrieval.gates import entropies, gate_summary
 from mmfusion.retrieval.topk import TopK
+from tests.datamodules.small import write_rows
 from tests.ddp import run_ranks
 from tests.mmfusion.retrieval.test_html import Page
 from tests.small_run import small_data, small_module, small_shards, small_trainer
@@ -42,7 +48,7 @@ def trained(rank: int, world: int, shards: Path, folder: Path, head=MoEBilinear,
 
 
 def test_a_run_tells_what_its_head_does(shards, tmp_path):
-    module, data = trained(0, 1, shards, tmp_path)
+    module, data = trained(0, 1, shards, tmp_path, stated=["title"])
     (tmp_path / "run").mkdir()
     results = leave(tmp_path / "run", module, data, {"gains": data.gains})
     batch = module.eval() and data.products(np.arange(64))
@@ -61,7 +67,11 @@ def test_a_run_tells_what_its_head_does(shards, tmp_path):
         for metric in ("relevance/ndcg@10", "relevance/recall@100", "relevance/mrr"):
             assert dropped["0 %"]["fused"][metric]["value"] == results[split]["fused"][metric]["value"]
         assert "25 %" not in results[split], "no views of their own"
-        assert {"query_in_text", "relevant_products"} <= set(results["slices"][split])
+        for hidden in module.dropped[split].values():
+            assert [name.rpartition("/")[2] for name in hidden.metrics] == ["ndcg@10", "recall@100", "mrr"]
+            assert all(math.isnan(cell["low"]) for cell in hidden.metrics.values()), "a slice draws its own"
+        assert {"query_in_text", "relevant_products", "states_title"} <= set(results["slices"][split])
+        assert set(results["slices"][split]["states_title"]) <= {"all", "no relevant product"}
         assert results["exclusive"][split]["depths"] == {"fused": 10, "text": 100, "image": 100}
     page = Page(tmp_path / "run" / "report.html")
     said = " ".join(page.written.split())
@@ -82,23 +92,28 @@ def test_without_its_photo_a_product_is_what_its_text_makes_it(shards, tmp_path)
     module, data = trained(0, 1, shards, tmp_path)
     module.eval()
     batch = data.products(np.arange(64))
-    examination = Examination(data.product_ids(), [0.5, 1.0])
+    examination = Examination(data.product_ids(), [1.0, 0.5])
+    assert examination.hidden == ["50 %", "100 %"]
     with torch.no_grad():
         views, gates = module.features.examined(batch, {"text", "fused"}, examination.visible(batch))
         plain = module.features.evaluated(batch, {"text", "fused"})
-        assert list(views) == ["text", "fused", "50 %", "100 %"]
+        assert list(views) == ["text", "fused", WITHOUT]
+        lost = examination.hides("50 %", batch.id)
+        half = Either(views["fused"], views[WITHOUT], lost)[:]
+        assert examination.hides("100 %", batch.id).all()
         assert all(torch.equal(views[name], plain[name]) for name in plain)
         keep = torch.from_numpy(places(data.product_ids()) >= 0.5)
+        assert torch.equal(lost, ~keep)
         present = batch.present.clone()
         present[:, 1] &= keep
         blank = torch.where(keep[:, None, None, None], batch.photo, 0)
         poorer = ProductBatch(batch.text, blank, present, batch.id, batch.draw, batch.valid)
         without = module.features.evaluated(poorer, {"fused"})["fused"]
-    assert torch.equal(views["50 %"], without)
-    assert torch.equal(views["50 %"][keep], views["fused"][keep])
+    assert torch.equal(half, without)
+    assert torch.equal(half[keep], views["fused"][keep])
     lost = ~keep & batch.present[:, 1]
     assert 10 < int(lost.sum()) < 54
-    assert not torch.isclose(views["50 %"][lost], views["fused"][lost]).all(1).any()
+    assert not torch.isclose(half[lost], views["fused"][lost]).all(1).any()
     assert set(gates) == {"expert_0", "expert_1", "expert_2", "expert_3"}
 
 
@@ -149,7 +164,24 @@ def test_rows_that_pad_and_products_without_anything_are_not_weighed():
     batch = ProductBatch([""] * 4, none, present, torch.tensor([3, 0, 1, 2]), torch.zeros(4).long(), valid)
     examination.add({"text": torch.tensor([0.25, 0.5, 1.0, 0.75])}, batch)
     assert examination.weights()["text"].tolist() == pytest.approx([math.nan, 1.0, math.nan, 0.25], nan_ok=True)
-    assert examination.hidden == {}
+    assert examination.hidden == []
+    assert examination.visible(batch) == {}
+
+
+def _weighed(rank: int, world: int) -> tuple:
+    """The first rank has no batch of the corpus."""
+    examination = Examination(["a", "b"], [])
+    if rank:
+        ids, none = torch.arange(2), torch.zeros(2, 3, 0, 0, dtype=torch.uint8)
+        present = torch.ones(2, 2, dtype=torch.bool)
+        batch = ProductBatch([""] * 2, none, present, ids, torch.zeros(2).long(), torch.ones(2, dtype=torch.bool))
+        examination.add({"text": torch.tensor([0.25, 0.5])}, batch)
+    return {name: values.tolist() for name, values in examination.weights().items()}
+
+
+@pytest.mark.slow
+def test_a_rank_without_a_batch_knows_the_weights():
+    assert run_ranks(_weighed, 2) == [{"text": [0.25, 0.5]}] * 2
 
 
 # ---- entropy ---------------------------------------------------------------------------------------------------------
@@ -173,8 +205,36 @@ def test_entropies_by_hand(rows, of_mean, mean, in_use):
 def test_gates_of_no_product_are_no_gates(shards):
     data = small_data(shards)
     data.setup("test")
-    assert gate_summary({}, data, []) == {}
-    assert gate_summary({"text": np.full(64, np.nan, np.float32)}, data, []) == {}
+    of_products = {"category": np.array(["hats"] * 64)}
+    assert gate_summary({}, of_products) == {}
+    assert gate_summary({"text": np.full(64, np.nan, np.float32)}, of_products) == {}
+
+
+def test_gates_by_a_column_of_the_catalogue(tmp_path):
+    """Every value of the column, as its products are found by their ids; what is left out of the weights, nowhere."""
+    kinds = {f"p{i}": ("hats", "cups", "")[i % 3] for i in range(12)}
+    rows = [[p, f"a {kind}", kind, "", ""] for p, kind in kinds.items()]
+    write_rows(tmp_path / "products.csv", ["product_id", "title", "kind", "photo", "image"], rows)
+    queries = [["q0", "hats", "train"], ["q1", "cups", "val"], ["q2", "a cup", "test"]]
+    write_rows(tmp_path / "queries.csv", ["query_id", "query", "split"], queries)
+    judged = [["q0", "p0", "E"], ["q1", "p1", "E"], ["q2", "p4", "E"]]
+    write_rows(tmp_path / "judgments.csv", ["query_id", "product_id", "label"], judged)
+    write_shards(read_catalogue(tmp_path, max_shared_queries=1.0), tmp_path / "shards")
+    data = TupleDataModule(str(tmp_path / "shards"))
+    data.setup("test")
+    text = np.arange(1, 13, dtype=np.float32) / 16
+    text[3] = np.nan
+    weights, shown = {"text": text, "image": 1 - text}, Evaluation(slices=["kind"], resamples=5)
+    found = breakdown({}, data, shown, [], weights=weights)["gates"]["slices"]
+    assert set(found) == {"all", "train_positives", "text_words", "photo", "kind"}
+    ids = data.product_ids()
+    for value, kind in (("hats", "hats"), ("cups", "cups"), ("(none)", "")):
+        own = [float(text[at]) for at, name in enumerate(ids) if kinds[name] == kind and not np.isnan(text[at])]
+        cell = found["kind"][value]
+        assert cell["products"] == len(own)
+        assert cell["mean"] == pytest.approx({"text": np.mean(own), "image": 1 - np.mean(own)})
+        assert cell["std"]["text"] == pytest.approx(np.std(own))
+    assert sum(cell["products"] for cell in found["kind"].values()) == found["all"]["all"]["products"] == 11
 
 
 # ---- exclusive matches -----------------------------------------------------------------------------------------------
@@ -240,15 +300,36 @@ def test_queries_by_what_their_answers_say():
     product = np.array([0, 1, 3, 4, 1, 0])
     gain = {"r": np.array([1.0, 1, 1, 1, 1, 0.1])}
     judgments, ids = Judgments(query, product, gain, {"r": 1.0}, "irrelevant"), np.array([4, 3, 2, 1, 0])
-    found = answer_slices(queries[::-1], products, ids, judgments)
+    found = answer_slices(queries[::-1], products, ids, judgments, {})
     assert found["query_in_text"].tolist() == ["no relevant product", LITTLE, NONE, MUCH, EVERYTHING]
     assert found["relevant_products"].tolist() == ["0", *["1-4 (tail)"] * 4]
-    shares = stated(queries[::-1], products, ids, query[:5], product[:5])
+    shares = stated(queries[::-1], products, 4 - query[:5], product[:5])
     assert shares.tolist() == pytest.approx([math.nan, 0.25, 0.0, 0.5, 1.0], nan_ok=True)
 
 
 def test_queries_of_other_splits_do_not_count():
-    assert stated(["c"], ["a", "c"], np.array([2]), np.array([0, 1, 2, 2]), np.array([0, 0, 0, 1])).tolist() == [0.5]
+    query, product = np.array([0, 1, 2, 2, 7]), np.array([0, 0, 0, 1, 1])
+    judgments = Judgments(query, product, {"r": np.ones(5)}, {"r": 1.0}, "unknown")
+    found = answer_slices(["c"], ["a", "c"], np.array([2]), judgments, {"is": np.array(["c", "c"])})
+    assert {name: values.tolist() for name, values in found.items()} == {
+        "query_in_text": [MUCH],
+        "relevant_products": ["1-4 (tail)"],
+        "states_is": ["some"],
+    }
+
+
+def test_queries_by_whether_texts_state_a_column():
+    """Navy Blue is stated by both words; a product without a value, one that is not relevant, tells nothing."""
+    titles = ["Navy blue shirts", "blue shirt", "red shirt", "shirt", "shirt, reds"]
+    colours = np.array(["Navy Blue", "Navy Blue", "Red", "", "red"], dtype=np.dtypes.StringDType())
+    relevant = {0: [0, 2], 1: [0, 1], 2: [1], 3: [3], 4: [0, 3], 5: [4], 6: []}
+    pairs = [(query, product, 1.0) for query, products in relevant.items() for product in products]
+    pairs += [(2, 0, 0.1), (6, 0, 0.1)]
+    query, product, gain = (np.array(column) for column in zip(*sorted(pairs), strict=True))
+    judgments = Judgments(query, product, {"r": gain}, {"r": 1.0}, "unknown")
+    ids = np.arange(7)
+    found = answer_slices(["shirt"] * 7, titles, ids, judgments, {"colour": colours})["states_colour"]
+    assert found.tolist() == ["all", "some", "none", "(none has a value)", "all", "all", "no relevant product"]
 
 
 def test_words():

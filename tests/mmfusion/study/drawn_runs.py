@@ -33,9 +33,13 @@ def draw_run(
     queries: int = 200,
     image: Mapping[str, Any] = SCRATCH,
     noise: float = 0.01,
+    trains: Mapping[str, Mapping[str, int]] | None = None,
     **about: Any,
 ) -> Path:
-    """means: of each view. A query's difficulty is the same in all runs; what is noise depends on the folder's name."""
+    """means: of each view. trains: parameters of encoders by stage, as cost.json tells; no such file for None.
+
+    A query's difficulty is the same in all runs; what is noise depends on the folder's name.
+    """
     run.mkdir(parents=True)
     hard = np.random.default_rng(0).normal(0, 0.1, size=queries)
     random = np.random.default_rng([ord(letter) for letter in f"{run.parent.name}/{run.name}"])
@@ -52,6 +56,8 @@ def draw_run(
     results["run"] = ABOUT | {"primary": "fused" if "fused" in means else next(iter(means))} | about
     (run / "results.json").write_text(json.dumps(results))
     (run / "config.yaml").write_text(yaml.safe_dump({"model": {"image": dict(image)}}))
+    if trains is not None:
+        (run / "cost.json").write_text(json.dumps({"stages": {}, "parameters": 1, "trains": trains}))
     return run
 
 

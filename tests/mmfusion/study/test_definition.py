@@ -1,5 +1,6 @@
 """A study file is read to the letter: what it says, its defaults, and each mistake with the nearest name."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ variants: {sparse: ["--data.text_fields=[title_sparse]"], full: []}
 metric: relevance/recall@100
 reference: moe
 prefix: adapt
+seeds: 2
 arms:
   bm25: {row_of: moe, view: bm25}
   zero_shot_image: {row_of: image_only, view: zero_shot_image}
@@ -37,7 +39,7 @@ def study_of(folder: Path, text: str = WHOLE) -> Study:
 
 def test_a_whole_file(tmp_path):
     assert study_of(tmp_path) == Study(
-        name="whole", reference="moe", encoders="minilm", metric="relevance/recall@100", prefix="adapt",
+        name="whole", reference="moe", encoders="minilm", metric="relevance/recall@100", prefix="adapt", seeds=2,
         args=("--model.evaluation.baselines=false",),
         variants={"sparse": ("--data.text_fields=[title_sparse]",), "full": ()},
         arms={
@@ -47,7 +49,7 @@ def test_a_whole_file(tmp_path):
             "moe": Arm("fusion_moe", prefix="adapt"), "late": Arm("fusion_moe", prefix="align"),
             "joint": Arm("joint", variants=("sparse",)),
         },
-        claims={"fusion": Claim("it wins", "moe", ("gated", "bm25"), ("sparse",), "pretrained_image")},
+        claims={"fusion": Claim("it wins", "moe", ("gated", "bm25"), ("sparse",), ("pretrained_image",))},
     )  # fmt: skip
 
 
@@ -88,15 +90,30 @@ def test_where_an_arm_has_its_numbers(tmp_path):
         ({"arms": {"moe": {}, "bm25": {"row_of": "mo", "view": "bm25"}}}, "arms.bm25.row_of names 'mo'"),
         ({"arms": {"moe": {}, "bm25": {"row_of": "moe"}}}, "arms.bm25.view is missing: which row of moe"),
         ({"arms": {"moe": {}, "b": {"row_of": "moe", "view": "v", "args": []}}}, "arms.b.args is given: a row"),
+        ({"arms": {"moe": {"args": ["--runs+=x"]}}}, "arms.moe.args holds '--runs.=x': that is the study's"),
+        ({"args": ["--config=more.yaml"]}, "args holds '--config=more.yaml': that is the study's"),
+        ({"seeds": 0}, "seeds is 0: expected a whole number from 1 on"),
         ({"claims": {"c": {"says": "x", "arm": "moe"}}}, "claims.c.beats is missing"),
         ({"claims": {"c": {"says": "x", "arm": "moe", "beats": []}}}, "claims.c.beats is empty"),
         ({"claims": {"c": {"says": "x", "arm": "moe", "beats": ["gate"]}}}, "claims.c.beats names 'gate': .* gated?"),
         ({"claims": {"c": {"says": "x", "arm": "moe", "beats": ["gated"], "needs": "gpu"}}}, "needs names 'gpu'"),
+        ({"claims": {"c": {"says": "x", "arm": "moe", "beats": ["moe"]}}}, "beats names moe: other arms than"),
+        ({"arms": {"moe": {"encoders": "minilm"}}}, "arms.moe.encoders is 'minilm': expected a list"),
+        ({"arms": {"moe": {"encoders": ["minilm"]}}}, "reference is moe: an arm of all encoders"),
     ],
 )  # fmt: skip
 def test_mistakes(tmp_path, change, message):
     with pytest.raises(ValueError, match=rf"whole\.yaml: .*{message}"):
         study_of(tmp_path, yaml.safe_dump(yaml.safe_load(WHOLE) | change))
+
+
+def test_an_arm_for_some_encoders(tmp_path):
+    """With others it is trained on nothing, and so are its rows."""
+    arms = {"moe": {}, "tuned": {"encoders": ["dual"]}, "row": {"row_of": "tuned", "view": "bm25"}}
+    study = study_of(tmp_path, yaml.safe_dump(yaml.safe_load(WHOLE) | {"arms": arms, "claims": {}}))
+    assert [set(study.variants_of(arm)) for arm in arms] == [{"sparse", "full"}, set(), set()]
+    dual = replace(study, encoders="dual")
+    assert [set(dual.trained_on(arm)) for arm in arms] == [{"sparse", "full"}] * 3
 
 
 def test_no_yaml(tmp_path):
@@ -109,4 +126,5 @@ def test_the_projects_own_studies_name_experiments_that_exist(path):
     study = read_study(path)
     for arm in study.trained().values():
         assert (ROOT / "experiments" / f"{arm.experiment}.yaml").is_file()
-    assert (ROOT / "experiments" / "encoders" / f"{study.encoders}.yaml").is_file()
+        for overlay in (study.encoders, *(arm.encoders or ())):
+            assert (ROOT / "experiments" / "encoders" / f"{overlay}.yaml").is_file()

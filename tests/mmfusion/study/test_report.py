@@ -1,5 +1,6 @@
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
     for seed in (1, 2, 3):
         draw_run(runs / "text_only" / f"sparse-{seed}", {"text": 0.3})
     failed = {"state": "failed", "rc": 1, "tail": ["<b>no room</b>"], "minutes": 0.5}
-    jobs = {f"moe-sparse-{seed}": JOB for seed in (1, 2, 3)} | {"gated-sparse-3": failed}
+    jobs = {f"moe/sparse-{seed}": JOB for seed in (1, 2, 3)} | {"gated/sparse-3": failed}
     (runs / "jobs.json").write_text(json.dumps(jobs))
     return runs
 
@@ -59,7 +60,7 @@ def test_the_json(folder: Path) -> None:
         "metric": METRICS[0], "seeds": [1, 2, 3], "runs": 11,
     }  # fmt: skip
     assert {key: report[key] for key in about} == about
-    assert (report["minutes"], report["side_by_side"], report["tests"]) == (9.5, 2, 5)
+    assert (report["minutes"], report["side_by_side"], report["tests"]) == (9.5, 2, {"table": 5, "claims": 1})
     moe = next(row for row in report["variants"]["sparse"] if row["arm"] == "moe")
     assert moe["mean"]["value"] == pytest.approx(np.mean(list(moe["by_seed"].values())))
     assert moe["mean"]["low"] < moe["mean"]["value"] < moe["mean"]["high"]
@@ -88,9 +89,14 @@ def test_the_claims(folder: Path) -> None:
 
 def test_an_arm_of_fewer_seeds_says_so_everywhere(folder: Path) -> None:
     report, page, text = written(folder)
-    assert report["notes"] == ["Over fewer seeds than the others: gated; differences use common seeds."]
-    assert report["notes"][0] in page.written
-    assert report["notes"][0] in text
+    assert report["notes"] == [
+        "Two seeds in common: gated and moe on sparse; there intervals may be too narrow where seeds decide "
+        "(they hold the mean in .86 of cases).",
+        "Over fewer seeds than the others: gated; differences use common seeds.",
+    ]
+    for note in report["notes"]:
+        assert note in page.written
+        assert note in text
     assert "gated (2 of 3 seeds)" in text
     assert "(2 of 3 seeds)" in page.written
     assert "missing: gated sparse seed 3: failed with exit code 1: <b>no room</b>" in text
@@ -167,6 +173,38 @@ def test_few_seeds_are_said(tmp_path: Path, seeds: int, note: str) -> None:
     assert note in text
 
 
+def test_pairs_of_one_seed_are_named(folder: Path) -> None:
+    for seed in (2, 3):
+        shutil.rmtree(folder / "moe" / f"full-{seed}")
+    (folder / "gated" / "sparse-1" / "results.json").unlink()
+    report, page, _ = written(folder)
+    one = (
+        "One seed in common: gated and moe on sparse, all arms on full; there intervals and p are over queries alone "
+        "and say nothing of other seeds."
+    )
+    assert report["notes"][0] == one
+    assert one in page.written
+
+
+def test_runs_of_several_commits_are_said(folder: Path) -> None:
+    """By the run's own results, and by what the study's runner noted of a run that was continued."""
+    path = folder / "gated" / "sparse-2" / "results.json"
+    results = json.loads(path.read_text())
+    results["run"]["commit"] = "beef" * 10
+    path.write_text(json.dumps(results))
+    jobs = json.loads((folder / "jobs.json").read_text())
+    jobs["moe/sparse-1"] |= {"commits": ["dead" * 10, "c0ffee"]}
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    report, page, text = written(folder)
+    assert set(report["commits"]) == {"c0ffee", "beef" * 10, "dead" * 10}
+    note = next(note for note in report["notes"] if "versions of the code" in note)
+    assert note.startswith("Made by 3 versions of the code, which may compute differently: deaddea (moe/sparse-1) and ")
+    assert "beefbee (gated/sparse-2)" in note
+    assert "and 4 more)" in note  # ten others, of which six are named
+    assert note in page.written
+    assert note in text
+
+
 def test_without_a_run_of_the_reference(folder: Path) -> None:
     for seed in (1, 2, 3):
         (folder / "moe" / f"full-{seed}" / "results.json").unlink()
@@ -184,7 +222,7 @@ def test_a_study_that_has_just_begun(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     runs.mkdir()
     report, _, _ = written(runs)
-    assert (report["runs"], report["tests"], report["seeds"]) == (0, 0, [])
+    assert (report["runs"], report["tests"], report["seeds"]) == (0, {"table": 0, "claims": 0}, [])
     draw_run(runs / "moe" / "sparse-1", {"fused": 0.5})
     report, page, text = written(runs)
     assert report["runs"] == 1

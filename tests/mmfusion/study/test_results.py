@@ -101,7 +101,7 @@ def test_what_is_not_there_is_listed_with_its_reason(whole: Path) -> None:
     for path in (runs / "moe" / "full-3").iterdir():
         path.unlink()
     (runs / "jobs.json").write_text(json.dumps({
-        "moe-full-3": {"state": "failed", "rc": 1, "tail": ["Traceback", "ValueError: no room"]},
+        "moe/full-3": {"state": "failed", "rc": 1, "tail": ["Traceback", "ValueError: no room"]},
     }))  # fmt: skip
     (runs / "study.json").write_text(json.dumps({"seeds": [1, 2, 3, 4]}))
     rows = results_of(whole).rows

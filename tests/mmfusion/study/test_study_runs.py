@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmfusion.study.jobs import COST
+from mmfusion.study.preflight import parse
+from mmfusion.study.progress import progress
+from tests.mmfusion.study import actor
 from tests.small_run import small_shards
 
 ROOT = Path(__file__).parents[3]
@@ -31,6 +35,9 @@ claims:
   fusion: {{says: "It wins", arm: moe, beats: [gated]}}
 """
 RUNS = Path("runs/studies/small")
+WAITED_FOR = (
+    "config.yaml", "results.json", "per_query.parquet", "checkpoints/last.ckpt", "checkpoints/stage-align.ckpt",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -84,11 +91,48 @@ def test_two_arms_share_their_stages_and_are_reported(folder):
     jobs = json.loads((runs / "jobs.json").read_text())
     model = made(runs / "gated" / "all-1")
     head = sum(value.numel() for name, value in model.items() if name.startswith("product.fusion."))
-    assert jobs["gated-all-1"]["parameters"]["head"] == head
-    assert jobs["gated-all-1"]["parameters"]["rest"] < jobs["gated-all-1"]["parameters"]["all"]
-    assert jobs["moe-all-1"]["samples_per_s"]["adapt"] > 0
+    assert jobs["gated/all-1"]["parameters"]["head"] == head
+    assert jobs["gated/all-1"]["parameters"]["rest"] < jobs["gated/all-1"]["parameters"]["all"]
+    assert jobs["moe/all-1"]["samples_per_s"]["adapt"] > 0
     assert done.stdout.rstrip().splitlines()[-1] == f"report: {RUNS / 'report.html'}"
     assert {"report.html", "report.json"} <= {path.name for path in runs.iterdir()}
+    assert_acted_alike(folder, jobs["moe/all-1"]["command"])
+
+
+def assert_acted_alike(folder: Path, command: list[str]) -> None:
+    """What actor.py leaves, which test_runner.py rests on, is what a run leaves that was given the same."""
+    real = folder / RUNS / "moe" / "all-1"
+    options = [option for option in command[4:] if option not in OPTIONS and not option.startswith("--runs=")]
+    acted = folder / "acted" / "moe" / "all-1"
+    (folder / "acted").mkdir()
+    version = environment(MMFUSION_VERSION="all-1")
+    subprocess.run([sys.executable, actor.__file__, *options, f"--runs={folder / 'acted'}"], env=version, check=True)
+    files = {path.relative_to(acted) for path in acted.rglob("*") if path.is_file()}
+    assert files == {Path(name) for name in WAITED_FOR}
+    assert all((real / name).is_file() for name in files)
+    ours, theirs = (json.loads((run / "results.json").read_text()) for run in (acted, real))
+    assert ours.keys() <= theirs.keys()
+    assert ours["val"]["fused"].keys() <= theirs["val"]["fused"].keys()
+    bar = progress((folder / RUNS / "logs" / "moe" / "all-1.log").read_text())
+    assert bar is not None, "no bar is found in a real log"
+
+
+def test_options_are_parsed_as_a_run_parses_them(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    given = ["--exp", "fusion_moe", "--encoders", "tiny", "--data", "shards", "--seed_everything=3", *OPTIONS]
+    parse([*given, f"--trainer.callbacks+={COST}"])
+    for option, message in (
+        ("--model.dmi=3", r"unrecognized arguments: --model.dmi=3[^$]*the nearest names are --model.dim"),
+        ("--model.dim=three", "model.dim"),
+        ("--exp=fusion_mo", "EXP=fusion_mo is not in experiments: .* Did you mean fusion_moe"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            parse([*given, option])
+
+
+def test_make_study_alone_is_the_demo():
+    said = subprocess.run(["make", "-n", "study"], cwd=ROOT, text=True, capture_output=True, check=True).stdout
+    assert "study --study 'demo'" in said
 
 
 @pytest.mark.slow
