@@ -24,7 +24,7 @@ BIN       := .venv/bin
 MMFUSION  := $(BIN)/mmfusion
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train data eval mine compare study bench bench-eval bench-stream bench-import bench-loss test test-all lint format clean
+.PHONY: help setup train data eval mine compare study bench bench-eval bench-stream bench-import bench-loss bench-cache test test-all lint format clean
 
 help:            ## list every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,7 +57,7 @@ compare: setup   ## RUNS="runs/a runs/b [other.run]" [SPLIT=test] [OUT=page.html
 study: setup     ## [STUDY=demo|paper|...] [DATA=shards] [SEEDS=3] [JOBS=1] [ENCODERS=...] [ARGS="--report-only"]: many arms and seeds, and what they show (demo without STUDY, the study's own seeds without SEEDS); goes on where it was stopped
 	@$(MMFUSION) study --study '$(STUDY)' $(if $(DATA_GIVEN),--data '$(DATA)') $(if $(SEEDS),--seeds='$(SEEDS)') $(if $(JOBS),--jobs='$(JOBS)') $(if $(ENCODERS_GIVEN),--encoders '$(ENCODERS)') $(ARGS)
 
-bench: bench-eval bench-stream bench-import bench-loss  ## every benchmark
+bench: bench-eval bench-stream bench-import bench-loss bench-cache  ## every benchmark
 
 bench-eval: .venv/.bench  ## exact search and metrics against their peers (5 minutes)
 	@$(BIN)/python experiments/bench/evaluation.py $(ARGS)
@@ -70,6 +70,9 @@ bench-import: setup  ## memory of an import of 10 million judgments (3 minutes)
 
 bench-loss: .venv/.bench  ## contrastive losses and micro-batches against their peers (5 minutes)
 	@$(BIN)/python experiments/bench/losses.py $(ARGS)
+
+bench-cache: setup  ## a frozen stage from the feature cache against encoding, on data/fashion (5 minutes)
+	@$(BIN)/python experiments/bench/cache.py $(ARGS)
 
 .venv/.bench: .venv/.ready
 	$(BIN)/python -m uv pip install --python $(BIN)/python -c constraints.txt -e '.[bench]' \

@@ -1,6 +1,5 @@
 """The feature cache in a run: nothing changes but the time it takes, and what is stale is never read."""
 
-import copy
 import logging
 import re
 from collections import Counter
@@ -224,21 +223,20 @@ def test_an_encoder_without_weights_is_not_stored():
 
 
 @pytest.mark.parametrize("what", ["data", "precision"])
-def test_a_module_that_is_fitted_again_reads_nothing_of_before(shards, branded, tmp_path, root, what):
-    """With frozen encoders and projections that start anew, as a module of its own that never saw the first fit."""
-    path = branded if what == "data" else shards
-    options = {"precision": "bf16-mixed"} if what == "precision" else {}
+def test_a_module_that_is_fitted_again_reads_nothing_of_before(branded, tmp_path, root, what):
+    """It ends as a module that never saw the first fit."""
+    data = {"text_fields": ["title", "brand"]} if what == "data" else {}
+    precision = {"precision": "bf16-mixed"} if what == "precision" else {}
 
-    def fitted(*paths: Path, cache: CacheOptions) -> dict[str, torch.Tensor]:
-        module = small_module(stages=FROZEN, cache=cache)
-        before = copy.deepcopy(module.state_dict())
-        for place, one in enumerate(paths):
-            module.load_state_dict(before)
-            chosen = options if place + 1 == len(paths) else {}
-            small_trainer(tmp_path, steps=2, **chosen).fit(module, small_data(one))
+    def fitted(module: Any) -> dict[str, torch.Tensor]:
+        small_trainer(tmp_path, steps=2, **precision).fit(module, small_data(branded, **data))
         return weights(module)
 
-    alone, after = fitted(path, cache=OFF), fitted(shards, path, cache=CacheOptions())
+    again = small_module(stages=FROZEN)
+    before = weights(again)
+    small_trainer(tmp_path, steps=2).fit(again, small_data(branded))
+    again.load_state_dict(before, strict=False)
+    alone, after = fitted(small_module(stages=FROZEN, cache=OFF)), fitted(again)
     assert [name for name in alone if not torch.equal(alone[name], after[name])] == []
 
 
