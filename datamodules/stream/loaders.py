@@ -135,7 +135,9 @@ class TupleLoader:
         shares, (epoch, first) = self._shares, self.progress()
         self.failures = self._counting(epoch, first)  # of this rank, and of the whole epoch's products
         begun, each = self.optimizer()
-        shares.epoch, shares.shown_from = epoch, lambda: self.left_out.shown_from(begun, each)
+        shares.epoch = epoch
+        # Not a function that holds this loader: in a cycle its workers would be collected by force, 5 s each.
+        shares.shown_from = partial(self.left_out.shown_from, begun, each)
         shares.begin(len(self))
         self._ask(first)  # forks the workers, before a thread runs
         with looking_ahead(self._tars, shares.shards_of(self._shard), first, len(self)) as at:
