@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mmfusion.batch import TupleBatch
 from mmfusion.features import part_of
+from mmfusion.stages import evaluating
 from mmfusion.terms import sides, views_of
 from mmfusion.towers import ProductTower, QueryTower
 
@@ -18,17 +19,13 @@ from mmfusion.towers import ProductTower, QueryTower
 def everything_trainable(module: nn.Module) -> Iterator[None]:
     """All parameters trainable and all modules in eval mode; afterwards everything is as it was."""
     trainable = {parameter: parameter.requires_grad for parameter in module.parameters()}
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
     module.requires_grad_(True)
     try:
-        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        with evaluating(module), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             yield
     finally:
         for parameter, before in trainable.items():
             parameter.requires_grad_(before)
-        for part, training in modes.items():
-            part.training = training
 
 
 def reached(

@@ -8,7 +8,8 @@ run take the same path: the first batch finds that no stage has been applied.
 
 import re
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast
 
@@ -164,6 +165,18 @@ def set_modes(module: nn.Module) -> None:
     module.training = True
     for child in module.children():
         set_modes(child)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """In eval mode; afterwards every part is in the mode that it had."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 def summarise(names: Iterable[str]) -> str:

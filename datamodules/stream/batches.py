@@ -16,7 +16,8 @@ from datamodules.plan import chosen, draws, points
 from datamodules.shards import Sample, ShardError, Shards
 from datamodules.stream.failures import Failed
 from datamodules.stream.judgments import TrainJudgments
-from datamodules.stream.pairs import PairOptions, ScoresOfProducts
+from datamodules.stream.listed import ListedByProduct
+from datamodules.stream.pairs import PairOptions
 from datamodules.stream.photo_cache import PhotoCache
 from datamodules.stream.substitutes import no_substitute, substitutes
 from mmfusion.batch import Judged, ProductBatch, QueryBatch, TupleBatch
@@ -115,7 +116,7 @@ class Reader:
         return self.pairs.candidates(self.shards)
 
     @cached_property
-    def scored(self) -> dict[str, ScoresOfProducts]:
+    def scored(self) -> dict[str, ListedByProduct]:
         return self.pairs.scored(self.shards)
 
     @cached_property

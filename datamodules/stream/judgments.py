@@ -6,12 +6,10 @@ What is drawn and listed here is, to the bit, what stream.batches.Reader makes o
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Float32, Float64, Int64, Integer
+from jaxtyping import Float, Float64, Int64, Integer
 
 from datamodules.shards import Shards
-from datamodules.stream.pairs import entries_of
-from mmfusion.batch import Judged
+from datamodules.stream.listed import ListedByProduct, starts
 
 
 @dataclass(frozen=True)
@@ -40,31 +38,11 @@ class Positives:
 
 
 @dataclass(frozen=True)
-class GainsOfProducts:
-    """The train judgments with gain > 0 in one label column: product i's, by query, are start[i] to start[i + 1]."""
-
-    start: Int64[np.ndarray, "products_and_end"]
-    query: Integer[np.ndarray, "judged"]
-    gain: Float32[np.ndarray, "judged"]
-    positive: Bool[np.ndarray, "judged"]
-
-    def listed(self, product: Int64[np.ndarray, "product"]) -> Judged:
-        """What is said of the products in a batch's rows."""
-        row, at = entries_of(self.start, product)
-        return Judged(
-            product=torch.from_numpy(row),
-            query_id=torch.from_numpy(self.query[at].astype(np.int64)),
-            gain=torch.from_numpy(self.gain[at]),
-            positive=torch.from_numpy(self.positive[at]),
-        )
-
-
-@dataclass(frozen=True)
 class TrainJudgments:
     """By product. `judged`: one per label column. Memory: 12 bytes per positive, 9 per judgment and column."""
 
     positives: Positives
-    judged: dict[str, GainsOfProducts]
+    judged: dict[str, ListedByProduct]
 
     @classmethod
     def of(cls, shards: Shards, rarity: Float64[np.ndarray, "query"]) -> "TrainJudgments":
@@ -77,17 +55,11 @@ class TrainJudgments:
         for column, gain in gains.items():
             rows = gain > 0  # not where NaN: not judged in this column
             positive = gain[rows] >= train.positive_from[column]
-            judged[column] = GainsOfProducts(
-                _starts(product[rows], len(shards)), query[rows], gain[rows].astype(np.float32), positive
-            )
+            judged[column] = ListedByProduct.of(product[rows], query[rows], gain[rows], positive, len(shards))
         primary = shards.manifest.primary
         rows = gains[primary] >= train.positive_from[primary]
-        start, of_whom = _starts(product[rows], len(shards)), query[rows]
+        start, of_whom = starts(product[rows], len(shards)), query[rows]
         return cls(Positives(start, of_whom, _running(gains[primary][rows] * rarity[of_whom], start)), judged)
-
-
-def _starts(product: Integer[np.ndarray, "row"], products: int) -> Int64[np.ndarray, "products_and_end"]:
-    return np.searchsorted(product, np.arange(products + 1)).astype(np.int64)
 
 
 def _running(

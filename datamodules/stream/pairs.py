@@ -4,14 +4,12 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int64, Integer
 
 from datamodules.negatives import Candidates
-from datamodules.pair_tables import PairRows, find_pair_table, read_pair_table
+from datamodules.pair_tables import find_pair_table, read_pair_table
 from datamodules.shards import Shards
 from datamodules.stores.store import Store
-from mmfusion.batch import Judged
+from datamodules.stream.listed import ListedByProduct
 
 JUDGED = "judged"  # the source that is no table
 
@@ -113,47 +111,10 @@ class PairOptions:
                 f"only {free[query]} of {len(shards)} products that are not its positives"
             )
 
-    def scored(self, shards: Shards) -> "dict[str, ScoresOfProducts]":
+    def scored(self, shards: Shards) -> dict[str, ListedByProduct]:
         """Raises ValueError when a table cannot be used."""
+        tables = {name: read_pair_table(shards.store, name, "scores", "data.scores") for name in self.scores}
         return {
-            name: ScoresOfProducts.of(read_pair_table(shards.store, name, "scores", "data.scores"), len(shards))
-            for name in self.scores
+            name: ListedByProduct.of(rows.product, rows.query, rows.score, np.zeros(len(rows.query), bool), len(shards))
+            for name, rows in tables.items()
         }
-
-
-def entries_of(
-    start: Int64[np.ndarray, "products_and_end"], product: Int64[np.ndarray, "product"]
-) -> tuple[Int64[np.ndarray, "listed"], Int64[np.ndarray, "listed"]]:
-    """Of lists laid end to end, product i's from start[i] to start[i + 1]: the entries of these products, in order.
-
-    Each entry's row in `product`, and its place.
-    """
-    first = start[product]
-    count = start[product + 1] - first
-    row = np.repeat(np.arange(len(product)), count)
-    return row, np.arange(len(row)) + np.repeat(first - (np.cumsum(count) - count), count)
-
-
-@dataclass(frozen=True)
-class ScoresOfProducts:
-    """A table of scores by product: product i's are rows start[i] to start[i + 1]. 8 bytes per row and per product."""
-
-    start: Int64[np.ndarray, "products_and_end"]
-    query: Integer[np.ndarray, "row"]
-    score: Float[np.ndarray, "row"]
-
-    @classmethod
-    def of(cls, rows: PairRows, products: int) -> "ScoresOfProducts":
-        order = np.argsort(rows.product, kind="stable")
-        start = np.searchsorted(rows.product[order], np.arange(products + 1))
-        return cls(start, rows.query[order].astype(np.int32), rows.score[order])
-
-    def listed(self, product: Int64[np.ndarray, "product"]) -> Judged:
-        """What the table says of the products in a batch's rows."""
-        row, at = entries_of(self.start, product)
-        return Judged(
-            product=torch.from_numpy(row),
-            query_id=torch.from_numpy(self.query[at].astype(np.int64)),
-            gain=torch.from_numpy(self.score[at]),
-            positive=torch.zeros(len(row), dtype=torch.bool),
-        )

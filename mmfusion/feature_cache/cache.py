@@ -18,7 +18,7 @@ from mmfusion.encoders import TextEncoder
 from mmfusion.feature_cache.build import Advance, Job, Table, build, crew, together
 from mmfusion.feature_cache.identity import described
 from mmfusion.feature_cache.plain import NoIdentityError
-from mmfusion.feature_cache.room import CacheOptions, make_room
+from mmfusion.feature_cache.room import GIB, CacheOptions, make_room
 from mmfusion.feature_cache.store import VERSION, FeatureFolder, bytes_needed, folder_of
 from mmfusion.feature_cache.stored import Stored, open_stored
 from mmfusion.feature_cache.uses import PRODUCT, Use, spans
@@ -26,12 +26,12 @@ from mmfusion.features import Features
 from mmfusion.memo import ROWS, FeatureMemo, encode_photos, encode_texts
 from mmfusion.progress import RunProgress
 from mmfusion.retrieval.ranking import gathered
+from mmfusion.stages import evaluating
 
 TABLES: dict[str, Table] = {"query": "queries", "text": "products", "image": "products"}
 NAMES = {"query": "query.encoder", "text": "product.text.encoder", "image": "product.image.encoder"}
 SHOWN = {"text": ("text_fields",), "image": ("image_size", "decoding")}  # of data.shows, what a side is given
 LIBRARIES = {name: version(name) for name in ("torch", "transformers", "timm")}
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -317,18 +317,6 @@ def computing(trainer: Trainer) -> Iterator[None]:
     """As a step computes, without gradient."""
     with torch.no_grad(), trainer.precision_plugin.forward_context():
         yield
-
-
-@contextmanager
-def evaluating(encoder: nn.Module) -> Iterator[None]:
-    """In eval mode; afterwards as it was."""
-    modes = {part: part.training for part in encoder.modules()}
-    encoder.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
 
 
 def _counting(trainer: Trainer) -> Any:

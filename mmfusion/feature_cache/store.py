@@ -26,12 +26,12 @@ from mmfusion.feature_cache.part import (
     typed,
     write_part,
 )
+from mmfusion.feature_cache.room import GIB
 from mmfusion.feature_cache.stored import COMPLETE, DESCRIPTION, Stored, open_stored, part_name, require_description
 
 VERSION = 1  # of the files and of what encoders compute; belongs into every description
 PART = 8192  # rows of a part
 TOKEN_PART = 1024  # the same where tokens are kept: a part of 50 tokens 768 wide is 150 MiB in memory
-GIB = 1 << 30
 
 
 class FeatureFolder:
