@@ -1,6 +1,7 @@
 """Shapes and types are checked at run time in tests; each test process uses one core, xdist the others."""
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,12 @@ CACHES = tempfile.TemporaryDirectory(prefix="mmfusion-caches-")  # nothing of a 
 os.environ["MMFUSION_CACHE"] = CACHES.name
 
 FASHION = Path(__file__).parents[2] / "shared" / "data" / "fashion"
+
+
+def pytest_collection_finish() -> None:
+    ddp = sys.modules.get("tests.ddp")
+    if ddp is not None:
+        ddp.fork_server()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,8 @@
 A fresh process imports torch in 4 s, and a fork of the test process itself would inherit its threads. So ranks are
 forked from multiprocessing's fork server, one per test process: it starts once (5 s) and imports, without running it,
 what collecting the tests imported of torch, Lightning and our packages, under the shape checks of conftest.py. Two
-ranks with their group are then up in less than .1 s.
+ranks with their group are then up in less than .1 s. conftest.py starts it before the first test: a test of imports by
+several processes would start it otherwise, with other modules and without the checks.
 """
 
 import faulthandler
@@ -43,7 +44,7 @@ def run_ranks(function: Callable[..., Result], world: int, *args: Any, timeout: 
     is up; environment and working directory are the caller's, with RANK, LOCAL_RANK and WORLD_SIZE as a launcher sets
     them. Each rank has one thread. RankError when the first rank raises or dies, or any runs longer than `timeout` s.
     """
-    server = _server()
+    server = fork_server()
     ranks: list[tuple[ForkServerProcess, connection.Connection]] = []
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         try:
@@ -62,7 +63,7 @@ def run_ranks(function: Callable[..., Result], world: int, *args: Any, timeout: 
 
 
 @cache
-def _server() -> ForkServerContext:
+def fork_server() -> ForkServerContext:
     """The context of the server; the server is started, and importing."""
     context = multiprocessing.get_context("forkserver")
     loaded = [name for name in sys.modules if name.split(".")[0] in OURS or name in SLOW]
