@@ -4,6 +4,7 @@ from mmfusion.encoders.augment import Augment
 from mmfusion.encoders.dual import DualImageEncoder, DualTextEncoder
 from mmfusion.encoders.encoded import Encoded
 from mmfusion.encoders.image import ImageEncoder, TimmEncoder
+from mmfusion.encoders.scratch_image import ScratchImageEncoder
 from mmfusion.encoders.scratch_text import ScratchTextEncoder
 from mmfusion.encoders.text import SentenceTransformerEncoder, TextEncoder
 
@@ -13,6 +14,7 @@ __all__ = [
     "DualTextEncoder",
     "Encoded",
     "ImageEncoder",
+    "ScratchImageEncoder",
     "ScratchTextEncoder",
     "SentenceTransformerEncoder",
     "TextEncoder",

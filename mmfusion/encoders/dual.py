@@ -5,7 +5,6 @@ Both pooled vectors are in the checkpoint's own shared space: their cosine is it
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
@@ -85,7 +84,7 @@ class DualImageEncoder(ImageEncoder):
         if values.shape[2:] != size:
             values = F.interpolate(values, size, mode="bicubic", antialias=True)
         pooled, tokens = self.network(pixel_values=values)
-        return Encoded(pooled, tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
+        return Encoded.unpadded(pooled, tokens)
 
     def compile_network(self, **options: Any) -> None:
         self.network.compile(**options)

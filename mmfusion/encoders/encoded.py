@@ -23,3 +23,10 @@ class Encoded:
         """The pooled vectors with a token axis of length 0."""
         tokens = pooled.new_zeros(len(pooled), 0, pooled.shape[1])
         return cls(pooled, tokens, tokens.new_zeros(tokens.shape[:2], dtype=torch.bool))
+
+    @classmethod
+    def unpadded(
+        cls, pooled: Float[Tensor, "product width"], tokens: Float[Tensor, "product token token_width"]
+    ) -> "Encoded":
+        """With tokens that are all real."""
+        return cls(pooled, tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))

@@ -48,10 +48,10 @@ def _image_from_scratch(run: Finished, arm: str) -> str | None:
         return f"{arm} has no image encoder"
     options = image.get("init_args") or {}
     kind = str(image.get("class_path", "")).rpartition(".")[2]
-    if options.get("pretrained", kind != "TimmEncoder"):
+    if options.get("pretrained", kind not in {"TimmEncoder", "ScratchImageEncoder"}):
         return None
     name = options.get("model", kind)
-    return f"the image encoder {name} starts from scratch (model.image.init_args.pretrained=false)"
+    return f"the image encoder {name} starts from scratch"
 
 
 def _text_frozen(run: Finished, arm: str) -> str | None:
