@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int64, Integer, UInt64
 
 # what a hash is for, so that no two draws are related
-ORDER_OF_SHARDS, ORDER_OF_SAMPLES, DRAW, CHOICE, SUBSTITUTE, HARD = range(6)
+ORDER_OF_SHARDS, ORDER_OF_SAMPLES, DRAW, CHOICE, SUBSTITUTE, HARD, EXTRA = range(7)
 
 
 def splitmix64(state: UInt64[np.ndarray, "key"]) -> UInt64[np.ndarray, "key"]:
@@ -60,6 +60,11 @@ def chosen(weight: Float[np.ndarray, "pair"], point: float) -> int:
     """
     cumulative = np.cumsum(weight)
     return min(int(np.searchsorted(cumulative, point * cumulative[-1], side="right")), len(weight) - 1)
+
+
+def extra(seed: int, epoch: int, step: int, count: int, among: int) -> Int64[np.ndarray, "count"]:
+    """Numbers below `among` for a step, with replacement: which queries come beside those of its tuples."""
+    return (hashed(seed, epoch, EXTRA, step, np.arange(count)) % np.uint64(among)).astype(np.int64)
 
 
 @dataclass(frozen=True)

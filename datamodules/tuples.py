@@ -26,7 +26,9 @@ from mmfusion.batch import Known
 Modality = Literal["text", "image"]
 Stage = Literal["fit", "val", "test"]
 ORDER = ("seed", "batch_size", "epoch", "streams", "window", "damping", "manifest")  # what decides who comes when
-PAIRS = {"hard_negatives": 0, "hard_from": ["judged"], "hard_max_gain": 0.0, "pair_tables": {}}  # and with whom
+PAIRS = {  # and with whom
+    "hard_negatives": 0, "hard_from": ["judged"], "hard_max_gain": 0.0, "extra_queries": 0, "pair_tables": {},
+}  # fmt: skip
 
 
 class TupleDataModule(ShardsData, LightningDataModule):
@@ -62,6 +64,8 @@ class TupleDataModule(ShardsData, LightningDataModule):
             of which these name too few gets others at random; [] draws all at random.
         hard_max_gain: the most that a judgment's primary label may be worth to be drawn as "judged": by default those
             worth nothing; .1 takes C and S as well. What is positive is never drawn.
+        extra_queries: train queries per global batch beside those of its tuples, drawn anew for each step: each product
+            is told from more queries, at the cost of encoding these. A multiple of `streams`.
         scores: tables beside the shards with a teacher's scores of pairs, for losses that learn from them.
     """
 
@@ -91,6 +95,7 @@ class TupleDataModule(ShardsData, LightningDataModule):
         hard_negatives: int = 0,
         hard_from: Sequence[str] = ("judged",),
         hard_max_gain: float = 0.0,
+        extra_queries: int = 0,
         scores: Sequence[str] = (),
     ) -> None:
         super().__init__()
@@ -101,7 +106,7 @@ class TupleDataModule(ShardsData, LightningDataModule):
         self.workers, self.photo_cache_mib, self.max_broken = workers, photo_cache_mib, max_broken
         self.verify, self.cache, self.cache_gib, self.allow_pipe = verify, cache, cache_gib, allow_pipe
         self.eval_batch_size, self.val_corpus, self.test_splits = eval_batch_size, val_corpus, test_splits
-        self.pairs = PairOptions(hard_negatives, tuple(hard_from), hard_max_gain, tuple(scores))
+        self.pairs = PairOptions(hard_negatives, tuple(hard_from), hard_max_gain, tuple(scores), extra_queries)
         self._pair_tables: dict[str, str] = {}
         self._check_options(modalities)
         self._left_out = LeftOut()
@@ -120,6 +125,11 @@ class TupleDataModule(ShardsData, LightningDataModule):
         if not re.fullmatch(r"all|judged\+\d+", self.val_corpus):
             raise ValueError(f"data.val_corpus is {self.val_corpus!r}; expected all, or judged+N such as judged+10000")
         self.pairs.check()
+        if self.pairs.extra_queries % self.streams:
+            raise ValueError(
+                f"data.extra_queries is {self.pairs.extra_queries}; ranks share them as they share the "
+                f"{self.streams} streams: expected a multiple of data.streams"
+            )
 
     def setup(self, stage: str) -> None:
         """Opens the shards; raises ValueError when they do not have what the options ask for."""
@@ -165,6 +175,10 @@ class TupleDataModule(ShardsData, LightningDataModule):
     @property
     def hard_max_gain(self) -> float:
         return self.pairs.hard_max_gain
+
+    @property
+    def extra_queries(self) -> int:
+        return self.pairs.extra_queries
 
     @property
     def score_tables(self) -> list[str]:
@@ -296,7 +310,7 @@ class TupleDataModule(ShardsData, LightningDataModule):
         """Raises ValueError when a resumed fit would not continue in the same order."""
         if self.trainer is None or self.trainer.state.fn != "fit":
             return
-        state_dict = {**PAIRS, **state_dict}  # checkpoints from before there were hard negatives had none
+        state_dict = {**PAIRS, **state_dict}  # checkpoints from before there were these had none
         for name in (*ORDER, *PAIRS):
             if state_dict[name] != self._order(name):
                 what = "tables of pairs (sha256) " if name == "pair_tables" else f"data.{name}="

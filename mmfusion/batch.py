@@ -2,7 +2,7 @@
 
 Legend of axis names, here and everywhere:
   tuple    (query, product, photo) tuples of one step on one rank (equal on all ranks)
-  query    query vectors: of one step (one per tuple; a query may occur twice) or of an evaluated split
+  query    query vectors: of one step (one per tuple, then the extra ones; a query may occur twice) or of a split
   product  product vectors: of one step (one per tuple, then the hard negatives) or of the corpus
   hard     hard negatives of one step on one rank: k per tuple, those of the first tuple first
   token    positions of an encoder's output;  width  an encoder's own size;  dim  the shared embedding space
@@ -103,8 +103,9 @@ class Judged(_Movable):
 
 @dataclass
 class TupleBatch(_Movable):
-    """One rank's share of a step: row i of `query` and of `product` are one tuple.
+    """One rank's share of a step: row i of `query` and of `product` are one tuple, for each of its tuples.
 
+    `query` goes on with the extra queries (data.extra_queries), that have no row of their own in `product`.
     With k hard negatives per tuple, `product` has b (1 + k) rows for b tuples: row b + i k + j is the j-th of tuple i.
     What is listed is of all rows. judged: per label column, the first being the primary one. scores: per table of
     data.scores what a teacher gives a pair, any finite number, `positive` nowhere. hard: where each hard negative comes
@@ -118,7 +119,8 @@ class TupleBatch(_Movable):
     hard: Int[Tensor, "hard"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     def __len__(self) -> int:
-        return len(self.query.text)
+        """The number of tuples."""
+        return len(self.product.id) - len(self.hard)
 
 
 @dataclass
@@ -153,6 +155,7 @@ class RetrievalData(Protocol):
     gains: dict[str, Any]  # per label column, what its labels are worth and from where on they are relevant
     hard_sources: list[str]  # what TupleBatch.hard counts: "random" and data.hard_from; empty without hard negatives
     hard_max_gain: float  # the most that those from judgments are worth in the primary label column; 0 without any
+    extra_queries: int  # of a global batch, beside those of its tuples
     score_tables: list[str]  # the keys of TupleBatch.scores
     # text_fields, image_size, decoding (how photos become pixels), modalities: with manifest_hash, each product's text
     # and photo. JSON.

@@ -266,7 +266,7 @@ class RetrievalModule(StagedModule):
             return batch
         product = self.data.products(batch.product.id[:2].cpu().numpy()).to(batch.product.id.device)
         query = QueryBatch(batch.query.text[:2], batch.query.id[:2], batch.query.valid[:2])
-        return dataclasses.replace(batch, query=query, product=product)
+        return dataclasses.replace(batch, query=query, product=product, hard=batch.hard[:0])
 
     def _uses(self) -> list[Use]:
         """Of each stage, in order, as its losses and rates have it. An encoder without weights is never frozen."""

@@ -1,4 +1,4 @@
-"""What is told before training: weights, labels and hard negatives that the model or the data have no use for."""
+"""What is told before training: weights, labels, hard negatives and extra queries that are of no use."""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
@@ -52,6 +52,7 @@ def check_data(stages: Mapping[str, Stage], losses: nn.ModuleDict, data: Retriev
             check_label(term, loss, list(data.gains), data.score_tables)
             if reads_of(loss) == "judgments":
                 judging[term] = loss
+                _check_own_pairs(term, loss, data)
     primary, most = next(iter(data.gains)), data.hard_max_gain
     if most > 0 and judging and all(_ignores(loss, primary, most) for loss in judging.values()):
         rank_zero_warn(
@@ -59,6 +60,16 @@ def check_data(stages: Mapping[str, Stage], losses: nn.ModuleDict, data: Retriev
             f"{', '.join(f'{_option(term)}.init_args.hard_up_to' for term in judging)}: a hard negative that is worth "
             "more than hard_up_to is none of the query that it was read for, only of others. Make hard_up_to "
             f"{most}, or data.hard_max_gain less"
+        )
+
+
+def _check_own_pairs(term: str, loss: Loss, data: RetrievalData) -> None:
+    """Without judgments a row's own pair is known by its place, where one side alone has more rows than tuples."""
+    if data.extra_queries and data.hard_sources and not getattr(parts_of(loss)[-1], "mask_false_negatives", True):
+        raise ValueError(
+            f"{_option(term)}.init_args.mask_false_negatives is false, which cannot tell the tuples' own pairs where "
+            f"there are both extra queries (data.extra_queries is {data.extra_queries}) and hard negatives "
+            "(data.hard_negatives): leave out one of the three"
         )
 
 

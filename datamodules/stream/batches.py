@@ -112,6 +112,10 @@ class Reader:
         return np.flatnonzero(self.shards.index.trainable)
 
     @cached_property
+    def train_queries(self) -> Int64[np.ndarray, "query"]:
+        return self.shards.queries.of("train").astype(np.int64)
+
+    @cached_property
     def candidates(self) -> Candidates:
         return self.pairs.candidates(self.shards)
 
@@ -336,8 +340,8 @@ def joined(parts: Sequence[TupleBatch], photo: UInt8[Tensor, "product 3 height w
     blocks = [(part.product, slice(len(part))) for part in parts]
     blocks += [(part.product, slice(len(part), None)) for part in parts if len(part.hard)]
     return TupleBatch(
-        query=_concatenated([part.query for part in parts]),
-        product=_concatenated([_rows(*block) for block in blocks], **({} if photo is None else {"photo": photo})),
+        query=concatenated([part.query for part in parts]),
+        product=concatenated([_rows(*block) for block in blocks], **({} if photo is None else {"photo": photo})),
         judged={column: _joined_lists(parts, [part.judged[column] for part in parts]) for column in parts[0].judged},
         scores={table: _joined_lists(parts, [part.scores[table] for part in parts]) for table in parts[0].scores},
         hard=torch.cat([part.hard for part in parts]),
@@ -358,7 +362,7 @@ def _joined_lists(parts: Sequence[TupleBatch], lists: Sequence[Judged]) -> Judge
     if any(hard):
         rest = zip(lists, ends, starts[len(parts) :], counts, strict=False)
         moved += [_entries(one, slice(end, None), start - count) for one, end, start, count in rest]
-    return _concatenated(moved)
+    return concatenated(moved)
 
 
 def _entries(judged: Judged, entries: slice, shift: int) -> Judged:
@@ -366,7 +370,7 @@ def _entries(judged: Judged, entries: slice, shift: int) -> Judged:
     return replace(part, product=part.product + shift)
 
 
-def _concatenated(parts: Sequence[B], **given: Any) -> B:
+def concatenated(parts: Sequence[B], **given: Any) -> B:
     names = [f.name for f in fields(parts[0]) if f.name not in {*given, "shown"}]
     columns: dict[str, Any] = {name: _cat([getattr(part, name) for part in parts]) for name in names}
     return type(parts[0])(**columns, **given)

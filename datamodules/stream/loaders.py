@@ -13,8 +13,8 @@ from jaxtyping import Bool, Int64
 from torch.utils.data import DataLoader
 
 from datamodules.outcomes import result
-from datamodules.plan import Plan, Slots, draws
-from datamodules.stream.batches import Reader, Request, joined
+from datamodules.plan import Plan, Slots, draws, extra
+from datamodules.stream.batches import Reader, Request, concatenated, joined
 from datamodules.stream.blocks import BLOCKS, IntoBlocks, PhotoBlocks
 from datamodules.stream.failures import SAMPLE_REASONS, Failed, Failures
 from datamodules.stream.known import KnownReader, LeftOut
@@ -117,6 +117,7 @@ class TupleLoader:
         self._of_tuple = 1 + reader.pairs.hard_negatives
         self._blocks = PhotoBlocks(BLOCKS if shared else 0, (rows * self._of_tuple, 3, *reader.look.image_size))
         self._shares = _Shares(plan, slots, rank, ranks, max(workers, 1), self._blocks)
+        self._reader = reader
         self._reading = partial(reading, IntoBlocks(reader, self._blocks), self._shares, workers, persistent=True)
         self._open: DataLoader[Any] | None = None
         self._answers: Iterator[Any] = iter(())
@@ -145,7 +146,8 @@ class TupleLoader:
                 at(step)
                 self._ask(step)
                 # Nothing here holds on to what is given out: its block would be free one batch later.
-                yield self._read() if self._is_read(step) else self._known(step)
+                read = self._is_read(step)
+                yield self._with_extra_queries(self._read() if read else self._known(step), step)
 
     def _is_read(self, step: int) -> bool:
         asked = self._shares.asked
@@ -175,6 +177,16 @@ class TupleLoader:
         batch, failed = self.left_out.known.tuples(self._shares.whole(step))
         self.failures.add(failed)
         return batch
+
+    def _with_extra_queries(self, batch: TupleBatch, step: int) -> TupleBatch:
+        """The rank's part of the step's extra queries, behind those of the tuples."""
+        count = self._reader.pairs.extra_queries
+        if not count:
+            return batch
+        drawn = extra(self.plan.seed, self._shares.epoch, step, count, len(self._reader.train_queries))
+        own = count // self._shares.ranks
+        ids = self._reader.train_queries[drawn[self._shares.rank * own :][:own]]
+        return replace(batch, query=concatenated([batch.query, self._reader.queries(ids)]))
 
     def close(self) -> None:
         """Ends the workers, which otherwise wait for the next epoch."""

@@ -1,4 +1,4 @@
-"""What a stream adds to tuples from beyond the samples: hard negatives, and a teacher's scores."""
+"""What a stream adds to tuples from beyond the samples: hard negatives, extra queries and a teacher's scores."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -22,11 +22,13 @@ class PairOptions:
     hard_from: tuple[str, ...] = (JUDGED,)
     hard_max_gain: float = 0.0
     scores: tuple[str, ...] = ()
+    extra_queries: int = 0
 
     def check(self) -> None:
         """Raises ValueError for options that no data could suit, or that would do nothing."""
-        if self.hard_negatives < 0:
-            raise ValueError(f"data.hard_negatives is {self.hard_negatives}; expected at least 0")
+        for option in ("hard_negatives", "extra_queries"):
+            if getattr(self, option) < 0:
+                raise ValueError(f"data.{option} is {getattr(self, option)}; expected at least 0")
         if not self.hard_max_gain >= 0:
             raise ValueError(f"data.hard_max_gain is {self.hard_max_gain}; expected a gain of at least 0")
         for option in ("hard_from", "scores"):

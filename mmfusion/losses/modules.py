@@ -38,7 +38,7 @@ class Loss(nn.Module, ABC):
         """This rank's loss. Its mean over ranks is the loss of one process on the whole batch, and so is its gradient.
 
         left, right: this rank's unit-norm rows, as many on each rank; those not valid take no part, if they are finite.
-        Row i of both is one tuple; right may have more rows, hard negatives.
+        Row i of both is one tuple; left may have more rows, extra queries, and so may right, hard negatives.
         pairs: of global rows, the same on all ranks. DDP must wrap this module too, to average its own parameters.
         """
 

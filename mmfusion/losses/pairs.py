@@ -49,7 +49,10 @@ class Pairs:
         return self.where(self.positive | (self.gain > gain))
 
     def own(self, left: int, right: int) -> "Pairs":
-        """The positives of a rank's row i with its row i, where ranks have so many rows: the tuples' own."""
+        """The positives of a rank's row i with its row i, where ranks have so many rows: the tuples' own.
+
+        One side may have more rows than tuples, not both.
+        """
         rank, row = self.rows // self.rows.new_tensor([left, right]), self.rows % self.rows.new_tensor([left, right])
         return self.where(self.positive & (rank[:, 0] == rank[:, 1]) & (row[:, 0] == row[:, 1]))
 

@@ -2,6 +2,7 @@
 
 import csv
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,12 +72,17 @@ def test_a_products_vectors_do_not_depend_on_the_batch_that_it_is_evaluated_in(s
     assert torch.equal(*queries)
 
 
-def test_every_term_by_a_slow_loop(module, batch):
+@pytest.mark.parametrize("extra", [0, 5])
+def test_every_term_by_a_slow_loop(module, batch, extra):
     """Labels straight from the judged lists; a photo that is missing takes its row and column out of photo terms."""
+    judged = batch.judged["relevance"]
+    more = judged.query_id.unique()[:extra]  # of which some are queries of the batch as well
+    query = QueryBatch([*batch.query.text, *(f"query {id}" for id in more)], torch.cat([batch.query.id, more]),
+                       torch.ones(len(batch) + extra, dtype=torch.bool))  # fmt: skip
+    batch = replace(batch, query=query)
     terms = module.terms(batch, set(TERM_VIEWS))
     vectors = module.product(batch.product) | {"query": module.query(batch.query.text)}
     rows, scale = range(len(batch)), module.losses["query_text"].scale
-    judged = batch.judged["relevance"]
     gains = {(int(p), int(q)): float(g) for p, q, g in zip(judged.product, judged.query_id, judged.gain, strict=True)}
     photo = batch.product.present[:, 1].tolist()
     assert not all(photo), "the batch must have a product without photo"
@@ -91,11 +97,12 @@ def test_every_term_by_a_slow_loop(module, batch):
                               ("query_image", "query", "image"), ("text_image", "text", "image")):  # fmt: skip
         seen = [j for j in rows if right != "image" or photo[j]]
         logits = (scale * vectors[left] @ vectors[right].T).double()
-        matrix = {(i, j): (kind(i, j, name == "text_image"), logits[i, j]) for i in rows for j in seen}
+        lines = range(len(logits))
+        matrix = {(i, j): (kind(i, j, name == "text_image"), logits[i, j]) for i in lines for j in seen}
         ways = []
         for turned in (False, True):
             losses = []
-            for i in rows:
+            for i in rows if turned else lines:
                 line = [cell for place, cell in matrix.items() if place[turned] == i]
                 positive = [logit for label, logit in line if label == "positive"]
                 if positive:
