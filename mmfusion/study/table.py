@@ -11,6 +11,7 @@ from mmfusion.retrieval.html.numbers import interval, metric_title, number, sign
 from mmfusion.retrieval.significance import p_text
 
 COSTS = {"minutes": "min", "samples_per_s": "samples/s", "head": "head", "all": "all"}
+WIDE = 100  # columns of a terminal that has room for all costs beside the arms' names; the report has them always
 
 
 def print_study(report: Mapping[str, Any], console: Console) -> None:
@@ -24,20 +25,23 @@ def print_study(report: Mapping[str, Any], console: Console) -> None:
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     for variant, rows in report["variants"].items():
-        console.print(_table(variant, title, rows, report["seeds"]))
+        costs = list(COSTS)[: None if console.width >= WIDE else 1]
+        console.print(_table(variant, title, rows, report["seeds"], costs))
     for line in [*report["notes"], *(claim["sentence"] for claim in report["claims"])]:
         console.print(Text(line), soft_wrap=True)
     for one in report["missing"]:
         console.print(Text(f"missing: {one['arm']} {one['variant']} seed {one['seed']}: {one['why']}"), soft_wrap=True)
 
 
-def _table(variant: str, title: str, rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> Table:
+def _table(
+    variant: str, title: str, rows: Sequence[Mapping[str, Any]], seeds: Sequence[int], costs: Sequence[str]
+) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column(variant, overflow="fold")
     for name in (title, "difference", "p"):
         table.add_column(name, no_wrap=True)
-    for name in COSTS.values():
-        table.add_column(name, no_wrap=True, justify="right")
+    for name in costs:
+        table.add_column(COSTS[name], no_wrap=True, justify="right")
     for row in rows:
         difference = row["difference"]
         few = f" ({len(row['seeds'])} of {len(seeds)} seeds)" if 0 < len(row["seeds"]) < len(seeds) else ""
@@ -46,7 +50,7 @@ def _table(variant: str, title: str, rows: Sequence[Mapping[str, Any]], seeds: S
             f"{number(row['mean']['value'])} {interval(row['mean'])}" if row["mean"] else "–",
             f"{signed(difference['value'])} {interval(difference)}" if difference else "",
             bare_p(difference["p_holm"]) if difference else "",
-            *(brief(row["cost"][name]) for name in COSTS),
+            *(brief(row["cost"][name]) for name in costs),
         )
     return table
 

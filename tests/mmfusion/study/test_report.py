@@ -112,6 +112,14 @@ def test_the_terminal(folder: Path) -> None:
     assert next(line for line in lines if line.startswith("bm25")).endswith("] < .0001")
 
 
+def test_a_narrow_terminal_keeps_each_arm_on_a_line(folder: Path) -> None:
+    _, _, printed = written(folder, width=80)
+    table = [line for line in printed.splitlines() if "[" in line][:4]
+    assert [line.split()[0] for line in table] == ["bm25", "text_only", "gated", "moe"]
+    assert "samples/s" not in printed
+    assert "samples/s" in written(folder)[2]
+
+
 def test_the_page_is_one_file_without_network(folder: Path) -> None:
     _, page, _ = written(folder)
     assert any(attributes.get("content") == CSP for tag, attributes in page.elements if tag == "meta")
