@@ -125,11 +125,6 @@ class TupleDataModule(ShardsData, LightningDataModule):
         if not re.fullmatch(r"all|judged\+\d+", self.val_corpus):
             raise ValueError(f"data.val_corpus is {self.val_corpus!r}; expected all, or judged+N such as judged+10000")
         self.pairs.check()
-        if self.pairs.extra_queries % self.streams:
-            raise ValueError(
-                f"data.extra_queries is {self.pairs.extra_queries}; ranks share them as they share the "
-                f"{self.streams} streams: expected a multiple of data.streams"
-            )
 
     def setup(self, stage: str) -> None:
         """Opens the shards; raises ValueError when they do not have what the options ask for."""
@@ -140,6 +135,12 @@ class TupleDataModule(ShardsData, LightningDataModule):
             self.slots = Slots.of(self.shards.index.shard, self.shards.index.pairs, self.epoch)
             self.plan = Plan(self.slots.per_shard(shards), self.seed, self.batch_size, self.streams, self.window)
             self.plan.check(self._ranks)
+            if self.extra_queries % self.streams:
+                near = max(self.extra_queries // self.streams, 1) * self.streams
+                raise ValueError(
+                    f"data.extra_queries is {self.extra_queries}; ranks share them as they share the {self.streams} "
+                    f"streams: make it a multiple of them, such as {near}, or change data.streams"
+                )
             self._pair_tables = self.pairs.tables(self.shards.store)  # training alone needs them
             self.reader.prepare()
 

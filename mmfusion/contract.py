@@ -21,6 +21,7 @@ CHUNK = re.compile(r"model\.losses\..*\.chunk")  # of any loss: memory, and roun
 # What came later did nothing before, as these values do: checkpoints of then lack the options and go on with these.
 BEFORE = {
     "data.hard_negatives": 0, "data.hard_from": ["judged"], "data.hard_max_gain": 0.0, "data.scores": [],
+    "data.extra_queries": 0,
 }  # fmt: skip
 BEFORE_OF_LOSSES = {"hard_up_to": 0.0}
 

@@ -1,4 +1,4 @@
-"""What is told before training: weights, labels, hard negatives and extra queries that are of no use."""
+"""What is told before training: weights, labels, hard negatives and extra queries that cannot be, or are of no use."""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,7 +44,14 @@ def check_terms(stages: Mapping[str, Stage], losses: nn.ModuleDict, views: Seque
 
 
 def check_data(stages: Mapping[str, Stage], losses: nn.ModuleDict, data: RetrievalData) -> None:
-    """Raises ValueError for a label, of a term of any stage, that the data lack; warns of negatives that are none."""
+    """Raises ValueError for what the terms of any stage cannot use of the data; warns of negatives that are none.
+
+    Those are a label that the data lack, and extra queries that nobody asks for or that unmasked losses cannot tell.
+    """
+    if data.extra_queries and not any("query" in views_of(term) for term in active_terms(stages)):
+        raise ValueError(
+            f"data.extra_queries is {data.extra_queries}, but no stage has a term of the query: leave them out"
+        )
     judging = {}
     for term in active_terms(stages):
         loss = cast(Loss, losses[term])

@@ -23,9 +23,9 @@ os.environ["MMFUSION_CACHE"] = CACHES.name
 FASHION = Path(__file__).parents[2] / "shared" / "data" / "fashion"
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
     ddp = sys.modules.get("tests.ddp")
-    if ddp is not None:
+    if ddp is not None and not session.config.option.collectonly:
         ddp.fork_server()
 
 

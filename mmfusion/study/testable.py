@@ -51,7 +51,8 @@ def _image_from_scratch(run: Finished, arm: str) -> str | None:
     if options.get("pretrained", kind not in {"TimmEncoder", "ScratchImageEncoder"}):
         return None
     name = options.get("model", kind)
-    return f"the image encoder {name} starts from scratch"
+    option = " (model.image.init_args.pretrained=false)" if kind == "TimmEncoder" else ""
+    return f"the image encoder {name} starts from scratch{option}"
 
 
 def _text_frozen(run: Finished, arm: str) -> str | None:

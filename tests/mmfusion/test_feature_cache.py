@@ -99,6 +99,7 @@ CASES: dict[str, dict[str, Any]] = {
     "accumulation": {"trainer": {"accumulate_grad_batches": 2, "max_epochs": -1}},
     "bf16": {"trainer": {"precision": "bf16-mixed"}},
     "hard negatives": {"data": {"hard_negatives": 2, "hard_from": []}},
+    "extra queries": {"data": {"extra_queries": 16}, "micro_batch": 5},
     "workers": {"data": {"workers": 2}},
 }
 

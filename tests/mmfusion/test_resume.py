@@ -94,7 +94,8 @@ def test_going_on_as_another_run_is_refused(run, shards, shares, options, data, 
     assert trainer.global_step == 0
 
 
-LATER = ("data.hard_", "data.scores", "model.micro_batch", "hard_up_to", "chunk", ".more")  # options that came later
+# options that came later
+LATER = ("data.hard_", "data.extra_queries", "data.scores", "model.micro_batch", "hard_up_to", "chunk", ".more")
 
 
 def options_of(shards: Path, *given: str) -> dict:
@@ -110,7 +111,7 @@ def saved_by(run: tuple, folder: Path, then: dict, keep_later: bool = False) -> 
     kept = {key: value for key, value in then.items() if keep_later or not any(part in key for part in LATER)}
     assert keep_later or len(kept) < len(then)
     checkpoint["contract"] |= kept
-    for name in () if keep_later else ("hard_negatives", "hard_from", "hard_max_gain", "pair_tables"):
+    for name in () if keep_later else ("hard_negatives", "hard_from", "hard_max_gain", "extra_queries", "pair_tables"):
         del checkpoint["TupleDataModule"][name]
     torch.save(checkpoint, folder / "before.ckpt")
     return folder / "before.ckpt"
@@ -133,6 +134,7 @@ def test_a_checkpoint_of_a_version_before_goes_on_without_what_came_later(run, s
     ("given", "said"),
     [
         (["--data.hard_negatives=2"], "data.hard_negatives: the checkpoint has 0, this run 2"),
+        (["--data.extra_queries=8"], "data.extra_queries: the checkpoint has 0, this run 8"),
         (["--model.losses.query_text.hard_up_to=0.1"], "query_text.hard_up_to: the checkpoint has 0.0, this run 0.1"),
         (["--model.micro_batch=4"], "model.micro_batch: the checkpoint has None, this run 4"),
         (["--model.losses.more={query_text_x: InfoNCE}"], r"more.query_text_x.class_path: .* has None, this run mmf"),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from datamodules.pair_tables import write_pair_table
 from mmfusion.batch import Judged, TupleBatch
@@ -22,7 +22,7 @@ from mmfusion.loggers import AppendingCSVLogger
 from mmfusion.losses import Distillation, GradedInfoNCE, InfoNCE, Loss, Matryoshka, Pairs, Sigmoid
 from mmfusion.run import FusionCLI
 from mmfusion.stages import LossWeights, Stage, Until
-from mmfusion.term_checks import check_label
+from mmfusion.term_checks import check_data, check_label
 from mmfusion.terms import TERM_VIEWS, Losses, base_of, loss_terms, sides, trained_dims
 from tests.ddp import run_ranks
 from tests.small_run import small_data, small_module, small_shards, small_trainer
@@ -480,6 +480,33 @@ def broken(rank: int, world: int, shards: Path, folder: Path) -> str:
     with pytest.raises(RuntimeError) as error:
         trainer.fit(module, small_data(shards))
     return str(error.value)
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_unmasked_losses_have_extra_queries_or_hard_negatives(shards, around):
+    """With both, the tuples' own pairs could not be told by their places."""
+
+    def check(loss, **options):
+        data = small_data(shards, **options)
+        data.setup("fit")
+        losses = nn.ModuleDict({"query_text": Matryoshka(loss, [4]) if around else loss})
+        check_data({"only": Stage(Until(fraction=1.0), LossWeights(query_text=1))}, losses, data)
+
+    both, none = {"extra_queries": 8, "hard_negatives": 1, "hard_from": []}, {}
+    unmasked = InfoNCE(mask_false_negatives=False)
+    for fine in (none, {"extra_queries": 8}, {"hard_negatives": 1, "hard_from": []}):
+        check(unmasked, **fine)
+    check(InfoNCE(), **both)
+    with pytest.raises(ValueError, match=r"query_text.*mask_false_negatives is false.*leave out one of the three"):
+        check(unmasked, **both)
+
+
+def test_extra_queries_without_a_term_of_the_query_are_refused(shards):
+    data = small_data(shards, extra_queries=8)
+    data.setup("fit")
+    stages = {"only": Stage(Until(fraction=1.0), LossWeights(text_image=1))}
+    with pytest.raises(ValueError, match=r"data.extra_queries is 8, but no stage has a term of the query"):
+        check_data(stages, nn.ModuleDict({"text_image": InfoNCE()}), data)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_naming_step_stage_and_term(shards, tmp_path):

@@ -91,7 +91,7 @@ def test_what_a_claim_needs(tmp_path: Path) -> None:
     draw(tmp_path, gated=0.5, moe=0.6)
     needs = ", needs: pretrained_image"
     found = claim(tmp_path, "gated", needs)
-    assert found.why == "the image encoder resnet18 starts from scratch"
+    assert found.why == "the image encoder resnet18 starts from scratch (model.image.init_args.pretrained=false)"
     assert claim(tmp_path, "gated").verdict == "holds"
 
 
