@@ -121,7 +121,6 @@ class TupleLoader:
         self._reading = partial(reading, IntoBlocks(reader, self._blocks), self._shares, workers, persistent=True)
         self._open: DataLoader[Any] | None = None
         self._answers: Iterator[Any] = iter(())
-        self._tars, self._shard = reader.shards.tars, reader.shards.index.shard
         self.failures = self._counting(0, 0)
 
     def __len__(self) -> int:
@@ -133,7 +132,7 @@ class TupleLoader:
         return Failures(what + since, products, self.max_broken, instead="replaced by other products")
 
     def __iter__(self) -> Iterator[TupleBatch]:
-        shares, (epoch, first) = self._shares, self.progress()
+        shares, data, (epoch, first) = self._shares, self._reader.shards, self.progress()
         self.failures = self._counting(epoch, first)  # of this rank, and of the whole epoch's products
         begun, each = self.optimizer()
         shares.epoch = epoch
@@ -141,7 +140,7 @@ class TupleLoader:
         shares.shown_from = partial(self.left_out.shown_from, begun, each)
         shares.begin(len(self))
         self._ask(first)  # forks the workers, before a thread runs
-        with looking_ahead(self._tars, shares.shards_of(self._shard), first, len(self)) as at:
+        with looking_ahead(data.tars, shares.shards_of(data.index.shard), first, len(self)) as at:
             for step in range(first, len(self)):
                 at(step)
                 self._ask(step)
