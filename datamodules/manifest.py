@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import cached_property
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -83,9 +84,15 @@ class Manifest:
         # Sorted keys forget which label column is the primary one.
         return hashlib.sha256((canonical + ",".join(self.labels)).encode()).hexdigest()
 
-    @property
+    @cached_property
     def primary(self) -> str:
+        """The label column that says what is positive."""
         return next(iter(self.labels))
+
+    @cached_property
+    def positive_from(self) -> float:
+        """The least gain of a positive."""
+        return self.labels[self.primary].positive_from
 
     def to_json(self) -> str:
         return json.dumps({**asdict(self), "hash": self.hash}, indent=1, ensure_ascii=False) + "\n"

@@ -58,8 +58,8 @@ def chosen(weight: Float[np.ndarray, "pair"], point: float) -> int:
     With `points` this is systematic resampling: over the product's slots a pair is shown count x its share of the
     weight times, rounded up or down, and on average exactly that. With one slot it is a weighted draw.
     """
-    cumulative = np.cumsum(weight)
-    return min(int(np.searchsorted(cumulative, point * cumulative[-1], side="right")), len(weight) - 1)
+    cumulative = weight.cumsum()
+    return min(int(cumulative.searchsorted(point * cumulative[-1], side="right")), len(weight) - 1)
 
 
 def extra(seed: int, epoch: int, step: int, count: int, among: int) -> Int64[np.ndarray, "count"]:

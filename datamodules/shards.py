@@ -109,7 +109,7 @@ class Shards:
         query, gain = sample.judgments["query"], sample.judgments[self.manifest.primary]
         if len(query) and query[-1] >= len(self.queries):
             raise ShardError("invalid JSON", f"has a judgment of query {query[-1]} of {len(self.queries)}")
-        pairs = np.count_nonzero(gain >= self._positive_from)
+        pairs = np.count_nonzero(gain >= self.manifest.positive_from)
         if pairs != self.index.pairs[id]:
             raise ShardError("invalid JSON", f"has {pairs} train positives, the index counts {self.index.pairs[id]}")
 
@@ -120,10 +120,6 @@ class Shards:
     @cached_property
     def _columns(self) -> frozenset[str]:
         return frozenset(["query", *self.manifest.labels])
-
-    @cached_property
-    def _positive_from(self) -> float:
-        return self.manifest.labels[self.manifest.primary].positive_from
 
     def failed(self, id: int, reason: str) -> Failed:
         shard = self.manifest.shards[int(self.index.shard[id])]

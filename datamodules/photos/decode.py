@@ -26,6 +26,7 @@ QUALITY = 80  # of a thumbnail, unless the caller says another
 JPEG, MARKER, SCAN, APP1 = b"\xff\xd8\xff", 0xFF, 0xDA, 0xE1
 PLAIN = ("YCbCr", "RGB", "Gray")  # simplejpeg's names of colours; not CMYK and YCCK
 MAX_ROOM = 16 * 2**20  # bytes of a decoded photo whose memory is kept for the next
+LINE, BEST = 64, 16  # bytes: where in a line of the processor's cache a photo begins; from 32 on, all takes 3 % longer
 BLOCK = 8  # pixels: in a smaller file the decoder takes the fractions of an eighth for one another
 UPRIGHT = {
     2: Transpose.FLIP_LEFT_RIGHT,
@@ -110,7 +111,9 @@ def _room(size: int) -> UInt8[np.ndarray, "byte"] | None:
     if size > MAX_ROOM:
         return None
     if getattr(_own, "room", None) is None or len(_own.room) < size:
-        _own.room = np.empty(size, np.uint8)
+        whole = np.empty(size + LINE, np.uint8)
+        start = (BEST - whole.ctypes.data) % LINE
+        _own.room = whole[start : start + size]
     return _own.room
 
 

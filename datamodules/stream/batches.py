@@ -309,9 +309,9 @@ class Reader:
 
     def _query(self, sample: Sample, point: float) -> int:
         """One of the product's train positives: weight gain x frequency of the query ^ -damping (see plan.chosen)."""
-        primary = self.shards.manifest.primary
-        gain = sample.judgments[primary]
-        positive = np.flatnonzero(gain >= self.shards.manifest.labels[primary].positive_from)
+        manifest = self.shards.manifest
+        gain = sample.judgments[manifest.primary]
+        positive = gain >= manifest.positive_from
         query = sample.judgments["query"][positive]
         return int(query[chosen(gain[positive] * self.rarity[query], point)])
 

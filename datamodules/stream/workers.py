@@ -2,9 +2,12 @@
 
 import sys
 from collections.abc import Callable, Iterable
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.outcomes import Outcome, outcome
@@ -12,6 +15,7 @@ from datamodules.outcomes import Outcome, outcome
 # Forked workers start at once and share the memory of photos; on a Mac, a fork beside its libraries' threads crashes.
 FORKS = sys.platform == "linux"
 CONTEXT = "fork" if FORKS else None
+SMALL = 64 * 2**10  # bytes of a tensor that a worker sends as they are: a file of shared memory each takes more time
 
 
 class _Reading(Dataset[Outcome]):
@@ -28,6 +32,18 @@ def _as_read(batch: Any) -> Any:
     return batch
 
 
+def _by_value(tensor: Tensor) -> tuple[Any, ...]:
+    """What a tensor of a batch is pickled as; NumPy has its type."""
+    if tensor.nbytes > SMALL:
+        return reduce_tensor(tensor)
+    return torch.from_numpy, (tensor.numpy(),)
+
+
+def _begin(worker: int) -> None:
+    """Runs in each worker: its answers hold a dozen small tensors each."""
+    ForkingPickler.register(Tensor, _by_value)
+
+
 def reading(read: Callable[[Any], Any], requests: Iterable[Any], workers: int, persistent: bool) -> DataLoader[Outcome]:
     """`read` applied to the requests in order; request i by worker i % workers, or in this process without workers."""
     options: dict[str, Any] = {"multiprocessing_context": CONTEXT, "persistent_workers": persistent} if workers else {}
@@ -37,6 +53,7 @@ def reading(read: Callable[[Any], Any], requests: Iterable[Any], workers: int, p
         sampler=requests,
         num_workers=workers,
         collate_fn=_as_read,
+        worker_init_fn=_begin,
         generator=torch.Generator(),  # DataLoader draws a number per epoch: not from the model's random state
         **options,
     )
