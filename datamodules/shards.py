@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from jaxtyping import Bool, Int64
 
 from datamodules.stores.store import Store, open_store, read_tables
 from datamodules.stores.transfer import ShardError
@@ -87,6 +88,13 @@ class Shards:
             place = f"{self.store.address}/{self.manifest.shards[shard].name}"
             raise ShardError(error.reason, f"{place}, product {self.index.product_id[id]!r}: {error}") from error
         return sample
+
+    def expect(self, ids: Int64[np.ndarray, "product"], photo: Bool[np.ndarray, "product"]) -> None:
+        """Products that will be read soon, with or without photo: see OpenFile.expect."""
+        shard, offset, size = (column[ids] for column in (self.index.shard, self.index.offset, self.index.size))
+        size = np.where(photo & self.index.photo[ids], size, np.minimum(size, HEAD))
+        for place in zip(shard.tolist(), offset.tolist(), size.tolist(), strict=True):
+            self.tars.expect(*place)
 
     def _sample(self, id: int, shard: int, photo: bool) -> Sample:
         offset, size = self.index.offset.item(id), self.index.size.item(id)

@@ -186,6 +186,7 @@ class Reader:
     ) -> Sequence[Shown | None]:
         """The products, their photos in `photo`; None, noted and without photo, where one cannot be read."""
         self.shards.tars.fetch(self.shards.index.shard[ids].tolist())
+        self.shards.expect(ids, ~self.cache.holds(ids) & self.look.image)  # a disk works while photos are decoded
         read: list[Shown | None] = []
         for start in range(0, len(ids), GROUP):
             part = slice(start, start + GROUP)

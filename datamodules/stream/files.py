@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+READS_AHEAD = hasattr(os, "posix_fadvise")  # not on a Mac
+
 
 class OpenFile:
     """A file open for reading as long as someone refers to it; has no position that readers could share."""
@@ -15,6 +17,11 @@ class OpenFile:
     def read(self, size: int, offset: int) -> bytes:
         """Fewer than `size` bytes where the file ends."""
         return os.pread(self._descriptor, size, offset)
+
+    def expect(self, size: int, offset: int) -> None:
+        """These bytes will be read soon: the system may fetch them from its disk meanwhile."""
+        if READS_AHEAD:
+            os.posix_fadvise(self._descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
     def __del__(self) -> None:
         if self._descriptor >= 0:

@@ -3,7 +3,7 @@
 import mmap
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, Int64, UInt8
 
 
 class PhotoCache:
@@ -25,6 +25,9 @@ class PhotoCache:
 
     def get(self, id: int) -> UInt8[np.ndarray, "3 height width"] | None:
         return self._pixels[id] if id < self.rows and self._filled[id] else None
+
+    def holds(self, ids: Int64[np.ndarray, "product"]) -> Bool[np.ndarray, "product"]:
+        return (ids < self.rows) & (self._filled[np.minimum(ids, len(self._filled) - 1)] == 1)
 
     def put(self, id: int, pixels: UInt8[np.ndarray, "3 height width"]) -> None:
         if id < self.rows:

@@ -50,9 +50,7 @@ class Tars:
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """`size` bytes of a tar from `offset` on. Raises ShardError when the tar cannot be had or is shorter."""
-        file = self._files.get(shard) or self._open(shard)
-        with suppress(KeyError):  # another thread pushed it out
-            self._files.move_to_end(shard)
+        file = self._file(shard)
         # A thread that still reads from a file that another one pushes out keeps it open by its reference.
         try:
             content = file.read(size, offset)
@@ -61,6 +59,17 @@ class Tars:
         if len(content) < size:
             raise ShardError("truncated", f"{len(content)} of {size} bytes at {offset}")
         return content
+
+    def expect(self, shard: int, offset: int, size: int) -> None:
+        """What will be read soon; whatever is wrong with it shows then."""
+        with suppress(ShardError):
+            self._file(shard).expect(size, offset)
+
+    def _file(self, shard: int) -> OpenFile:
+        file = self._files.get(shard) or self._open(shard)
+        with suppress(KeyError):  # another thread pushed it out
+            self._files.move_to_end(shard)
+        return file
 
     def _open(self, shard: int) -> OpenFile:
         if shard in self.unusable:

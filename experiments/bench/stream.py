@@ -8,11 +8,12 @@
   floats) and its tokenizer; ours yields bytes and strings, which the towers normalise and tokenize.
 - ours: TupleDataModule's training loader without cache of photos; then the same with one, filled by a first epoch.
 
-Contestants take turns, each in processes of its own that live on between turns; the tars are in the system's cache, and
-a turn decodes each photo once (open_clip rounds to whole batches per worker). The median of REPEATS turns counts,
-after one that starts the workers. Samples per second are by the clock; seconds of processor per sample, over all of a
-contestant's processes, do not suffer from what else the machine does. Then what it costs to begin in the middle.
-The clock is never a test: a row over its limit says so and the exit code stays 0.
+Contestants take turns, each in processes of its own that live on between turns, and a turn decodes each photo once
+(open_clip rounds to whole batches per worker). The tars lie in memory (/dev/shm, where it has room), as a system may
+forget at any time what it keeps of a disk; with --cold they lie in --folder, and are forgotten before each turn.
+The median of REPEATS turns counts, after one that starts the workers. Samples per second are by the clock; seconds of
+processor per sample, over all of a contestant's processes, do not suffer from what else the machine does. Then what it
+costs to begin in the middle. The clock is never a test: a row over its limit says so and the exit code stays 0.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import mmap
 import multiprocessing
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -60,6 +62,7 @@ class Data:
     image_size: int
     batch: int
     workers: int
+    cold: bool
 
     @property
     def ours(self) -> Path:
@@ -326,9 +329,25 @@ def turns_of(data: Data) -> dict[str, list[Turn]]:
         for turn in range(REPEATS + 1):
             said(f"{data.workers} workers, {f'turn {turn} of {REPEATS}' if turn else 'starting them'}")
             for name in list(CONTESTANTS)[:: 1 if turn % 2 else -1]:
+                if data.cold:
+                    forget(data.folder)
                 pipes[name].send(None)
                 turns[name].append(pipes[name].recv())
     return turns
+
+
+def forget(folder: Path) -> None:
+    """Has the system read the tars from their disk next time."""
+    for tar in folder.glob("*/*.tar"):
+        with tar.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def in_memory(size: int) -> str | None:
+    """A folder whose files are in memory for sure and that has room for so many bytes."""
+    memory = Path("/dev/shm")
+    return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > size else None
 
 
 def compare(data: Data, table: Table) -> None:
@@ -386,11 +405,15 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="default: 0 2")
     parser.add_argument("--millions", type=int, nargs="*", default=[1, 10], help="samples of the plans; default: 1 10")
     parser.add_argument("--folder", type=Path, help="where the shards stay for the next time; default: a temporary one")
+    parser.add_argument("--cold", action="store_true", help="read the tars from the disk of --folder in each turn")
     options = parser.parse_args()
     if options.photos < options.batch * max(*options.workers, 1) or min(options.side, options.image_size) < 16:
         parser.error("expected a whole batch per worker, and photos of 16 pixels at least")
+    if options.cold and not options.folder:
+        parser.error("--cold takes a --folder on the disk to be read from")
     with ExitStack() as stack:
-        folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        place = in_memory(options.photos * options.side**2)  # catalogue, shards and tars are .7 bytes a pixel together
+        folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(dir=place)))
         make(folder, options.photos, options.side)
         sizes = f"{options.photos:,} photos of {options.side} px to {options.image_size}, batches of {options.batch}"
         table = Table(title=sizes)
@@ -398,7 +421,7 @@ def main() -> None:
         for heading in ("workers", "who", *columns, "worker MiB: PSS", "USS"):
             table.add_column(heading, justify="left" if heading == "who" else "right")
         for workers in options.workers:
-            compare(Data(folder, options.image_size, options.batch, workers), table)
+            compare(Data(folder, options.image_size, options.batch, workers, options.cold), table)
         console.print(table)
     begin_in_the_middle(options.millions, options.batch)
 

@@ -12,6 +12,7 @@ from datamodules.negatives import Candidates
 from datamodules.plan import draws
 from datamodules.shards import Shards
 from datamodules.stream.batches import Request
+from datamodules.stream.files import OpenFile
 from datamodules.stream.substitutes import TRIES, substitutes
 from datamodules.tuples import TupleDataModule
 from tests.datamodules.damage import copied, overwrite
@@ -264,3 +265,32 @@ def test_a_photo_that_is_kept_is_not_read_again(tables: Tables, monkeypatch: pyt
     first, second = (data.reader.products(ids, ids)[0] for _ in range(2))
     assert same(first, second)
     assert asked == [True] * len(ids) + [False] * len(ids)
+
+
+@pytest.mark.parametrize("shown", ["with photos", "some photos kept", "text only"])
+def test_what_is_read_has_been_announced(tables: Tables, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same places, and before the first of them is read: else a disk would do too little, or too much."""
+    monkeypatch.setattr("datamodules.shards.HEAD", 1024)
+    data = module(tables, modalities=["text"] if shown == "text only" else ["text", "image"])
+    places: list[tuple[str, int, int]] = []
+    ids = np.arange(100)[::-1].copy()
+    photos = data.has_photo()[ids] & (shown != "text only")
+    if shown == "some photos kept":
+        data.reader.products(ids[:30], ids[:30])
+        photos[:30] = False
+
+    def noting(name: str) -> None:
+        method = getattr(OpenFile, name)
+
+        def noted(self: OpenFile, size: int, offset: int) -> bytes | None:
+            places.append((name, size, offset))
+            return method(self, size, offset)
+
+        monkeypatch.setattr(OpenFile, name, noted)
+
+    noting("expect")
+    noting("read")
+    data.reader.products(ids, ids)
+    assert [name for name, _, _ in places] == ["expect"] * 100 + ["read"] * 100
+    assert [place[1:] for place in places[:100]] == [place[1:] for place in places[100:]]
+    assert [size > 1024 for _, size, _ in places[:100]] == photos.tolist()
