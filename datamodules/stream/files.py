@@ -1,9 +1,8 @@
 """Files that are read at many places, by threads and forked processes alike."""
 
 import os
+import sys
 from pathlib import Path
-
-READS_AHEAD = hasattr(os, "posix_fadvise")  # not on a Mac
 
 
 class OpenFile:
@@ -20,7 +19,7 @@ class OpenFile:
 
     def expect(self, size: int, offset: int) -> None:
         """These bytes will be read soon: the system may fetch them from its disk meanwhile."""
-        if READS_AHEAD:
+        if sys.platform == "linux":
             os.posix_fadvise(self._descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
     def __del__(self) -> None:

@@ -59,11 +59,11 @@ class PairOptions:
 
     def candidates(self, shards: Shards) -> Candidates:
         """Raises ValueError when a table cannot be used, or a query has not enough products that are not positives."""
-        label = shards.manifest.labels[shards.manifest.primary]
+        positive_from = shards.manifest.positive_from
         judged = shards.judgments("train")
         gain = judged.gain[shards.manifest.primary]  # NaN is neither
-        low = (gain <= self.hard_max_gain) & (gain < label.positive_from)
-        sources, positive = [], gain >= label.positive_from
+        low = (gain <= self.hard_max_gain) & (gain < positive_from)
+        sources, positive = [], gain >= positive_from
         for name in self.hard_from:
             if name == JUDGED:
                 sources.append((judged.query[low], judged.product[low]))

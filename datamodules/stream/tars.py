@@ -61,9 +61,10 @@ class Tars:
         return content
 
     def expect(self, shard: int, offset: int, size: int) -> None:
-        """What will be read soon; whatever is wrong with it shows then."""
-        with suppress(ShardError):
-            self._file(shard).expect(size, offset)
+        """What will be read soon; whatever is wrong with it shows then, and a store is asked for nothing before."""
+        if self.local or shard in self._files:
+            with suppress(ShardError, OSError):
+                self._file(shard).expect(size, offset)
 
     def _file(self, shard: int) -> OpenFile:
         file = self._files.get(shard) or self._open(shard)

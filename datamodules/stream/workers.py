@@ -15,6 +15,7 @@ from datamodules.outcomes import Outcome, outcome
 # Forked workers start at once and share the memory of photos; on a Mac, a fork beside its libraries' threads crashes.
 FORKS = sys.platform == "linux"
 CONTEXT = "fork" if FORKS else None
+PLAIN = (torch.bool, torch.uint8, torch.int64, torch.float32)  # what batches are made of, and NumPy has
 SMALL = 64 * 2**10  # bytes of a tensor that a worker sends as they are: a file of shared memory each takes more time
 
 
@@ -33,8 +34,8 @@ def _as_read(batch: Any) -> Any:
 
 
 def _by_value(tensor: Tensor) -> tuple[Any, ...]:
-    """What a tensor of a batch is pickled as; NumPy has its type."""
-    if tensor.nbytes > SMALL:
+    """What a tensor of a batch is pickled as."""
+    if tensor.nbytes > SMALL or tensor.dtype not in PLAIN or tensor.requires_grad:
         return reduce_tensor(tensor)
     return torch.from_numpy, (tensor.numpy(),)
 

@@ -9,8 +9,8 @@
 - ours: TupleDataModule's training loader without cache of photos; then the same with one, filled by a first epoch.
 
 Contestants take turns, each in processes of its own that live on between turns, and a turn decodes each photo once
-(open_clip rounds to whole batches per worker). The tars lie in memory (/dev/shm, where it has room), as a system may
-forget at any time what it keeps of a disk; with --cold they lie in --folder, and are forgotten before each turn.
+(open_clip rounds to whole batches per worker). Without --folder the tars lie in memory (/dev/shm, where it has room),
+as a system may forget at any time what it keeps of a disk; with --cold it forgets those of --folder before each turn.
 The median of REPEATS turns counts, after one that starts the workers. Samples per second are by the clock; seconds of
 processor per sample, over all of a contestant's processes, do not suffer from what else the machine does. Then what it
 costs to begin in the middle. The clock is never a test: a row over its limit says so and the exit code stays 0.
@@ -405,19 +405,21 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="default: 0 2")
     parser.add_argument("--millions", type=int, nargs="*", default=[1, 10], help="samples of the plans; default: 1 10")
     parser.add_argument("--folder", type=Path, help="where the shards stay for the next time; default: a temporary one")
-    parser.add_argument("--cold", action="store_true", help="read the tars from the disk of --folder in each turn")
+    parser.add_argument("--cold", action="store_true", help="from the disk of --folder (no tmpfs) each time")
     options = parser.parse_args()
     if options.photos < options.batch * max(*options.workers, 1) or min(options.side, options.image_size) < 16:
         parser.error("expected a whole batch per worker, and photos of 16 pixels at least")
     if options.cold and not options.folder:
         parser.error("--cold takes a --folder on the disk to be read from")
     with ExitStack() as stack:
-        place = in_memory(options.photos * options.side**2)  # catalogue, shards and tars are .7 bytes a pixel together
+        # Catalogue, shards and tars are .7 bytes a pixel together; open_clip's workers send floats through /dev/shm.
+        batches = 12 * options.image_size**2 * options.batch * (2 * max(options.workers) + 2)
+        place = in_memory(options.photos * options.side**2 + batches)
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(dir=place)))
         make(folder, options.photos, options.side)
         sizes = f"{options.photos:,} photos of {options.side} px to {options.image_size}, batches of {options.batch}"
         table = Table(title=sizes)
-        columns = "samples", "per s", "per s and core", "processor µs each", "first batch: cold s", "warm s"
+        columns = "samples", "per s", "per s and core", "processor µs each", "first batch: first turn s", "last s"
         for heading in ("workers", "who", *columns, "worker MiB: PSS", "USS"):
             table.add_column(heading, justify="left" if heading == "who" else "right")
         for workers in options.workers:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamodules.shards import Shards
-from datamodules.stream import lookahead
+from datamodules.stream import lookahead, tars
 from datamodules.stream.batches import Reader
 from datamodules.stream.loaders import CorpusLoader, Share, TupleLoader
 from datamodules.stream.lookahead import LookAhead
@@ -257,6 +257,19 @@ def test_reading_asks_for_all_shards_of_a_request_at_once(tables: Tables, tmp_pa
     for _ in range(2):
         data.reader.products(ids, ids)
     assert store.fetched == [["00000.tar", "00003.tar", "00007.tar"], []]  # then they are open
+
+
+def test_a_lost_shard_is_asked_for_when_it_is_read_and_not_before(
+    tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tars, "PATIENCE", 0.0)  # each time that it is asked for shows
+    data, store = remote(copied(tables, tmp_path), tables)
+    store.lacks.add("00003.tar")
+    store.asked.clear()
+    ids = np.array([0, 60, 1, 149])
+    _, failed = data.reader.products(ids, ids)
+    assert [one.shard for one in failed] == ["00003.tar"]
+    assert sorted(store.asked) == ["00000.tar", "00003.tar", "00007.tar"]
 
 
 class Slow(Elsewhere):
