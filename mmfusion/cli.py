@@ -129,14 +129,12 @@ def _run_folder(argv: Sequence[str]) -> Path:
     All ranks have to agree before they can talk: those that Lightning starts inherit the name, those of a cluster's
     launcher share its job. Raises ValueError for a folder that holds another run already.
     """
-    import yaml  # noqa: PLC0415
-
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--config", action="append", default=[], type=Path)
     for name in ("experiment", "runs", "resume"):
         parser.add_argument(f"--{name}")
     given, _ = parser.parse_known_args(argv)
-    files = [yaml.safe_load(path.read_text()) or {} for path in given.config if path.is_file()]
+    files = [_content(path) for path in given.config if path.is_file()]
     set_in_files = {key: value for file in files for key, value in file.items() if key in vars(given)}
     if given.resume not in (None, "null"):
         checkpoint = Path(given.resume)
@@ -150,6 +148,19 @@ def _run_folder(argv: Sequence[str]) -> Path:
     if (folder / "config.yaml").exists():
         raise ValueError(f"{folder} holds a run: go on with --resume={folder}/checkpoints/last.ckpt, or move it away")
     return folder
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """The options in a file of --config. Raises ValueError when it holds none."""
+    import yaml  # noqa: PLC0415
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {content!r:.60}; expected options by name, such as experiment: mine")
+    return content
 
 
 def _version() -> str:

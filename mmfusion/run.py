@@ -105,7 +105,14 @@ class FusionCLI(LightningCLI):
         return self.parser.dump(config, skip_unset=False)
 
     def before_instantiate_classes(self) -> None:
-        """Raises ValueError or FileNotFoundError where no such stage, or no such checkpoint, is there."""
+        """Raises ValueError or FileNotFoundError where no such stage, or no such checkpoint, is there, or where a
+        stage's losses are no weights by name, which the parser takes from a file."""
+        for name, stage in self.config.model.stages.items():
+            weights = stage.losses
+            if not hasattr(weights, "items"):
+                raise ValueError(
+                    f"model.stages.{name}.losses is {weights!r}; expected weights by term, such as {{query_text: 1.0}}"
+                )
         if self.run_folder is None:
             return
         stages, branch = list(self.config.model.stages), self.config.branch

@@ -286,6 +286,26 @@ def test_a_mistake_is_one_message_and_leaves_nothing(mmfusion, shards, args, sai
 
 
 @pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("model: [1,", "mine.yaml is no YAML: "),
+        ("- model", "mine.yaml holds ['model']; expected options by name"),
+        ("model: {stages: {align: {losses: 3}}}", "model.stages.align.losses is 3; expected weights by term"),
+        ("model: {stages: {align: {losses: {query_text: two}}}}", "Got value: two"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_message(mmfusion, shards, tmp_path, content, said):
+    (tmp_path / "mine.yaml").write_text(content)
+    code, _, errors = mmfusion(
+        "train", "--exp", "fusion_gated", "--data", str(shards), *SMALL, f"--config={tmp_path / 'mine.yaml'}"
+    )
+    assert code == 2
+    assert said in errors
+    assert "Traceback" not in errors
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
     ("args", "said"),
     [
         (["data", "--from", "nope"], "there are catalogue, demo"),
