@@ -152,12 +152,9 @@ def _run_folder(argv: Sequence[str]) -> Path:
 
 def _content(path: Path) -> dict[str, Any]:
     """The options in a file of --config. Raises ValueError when it holds none."""
-    import yaml  # noqa: PLC0415
+    from mmfusion.strict import StrictFile  # noqa: PLC0415
 
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
+    content = StrictFile(path).content() or {}
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {content!r:.60}; expected options by name, such as experiment: mine")
     return content

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 import mmfusion.fusion
@@ -24,6 +25,10 @@ Tables = dict[tuple[str, str], dict[str, Any]]  # by stage and name
 ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^\s?#]*)(\S*)")
 PIPE = re.compile(r"(?<!\w)pipe:.*", re.DOTALL)
 NO_CLASS = re.compile(r"(?:dot import path string: |has no attribute '|class, but |Import path )(?:\w+\.)*(\w+)")
+OF_STAGE = {  # its groups of options, and what is expected of each
+    "until": "where it ends, such as {fraction: 0.5}",
+    "losses": "weights by term, such as {query_text: 1.0}",
+}
 OF_TABLE = re.compile(r"--model\.stages\.([^.=]+)\.(rates|losses\.more)\.([^.=]+)=(.*)")
 
 
@@ -70,6 +75,21 @@ def with_merged_tables(argv: list[str]) -> list[str]:
         else:
             rest.append(arg)
     return rest
+
+
+def check_groups(config: Namespace, parser: LightningArgumentParser) -> None:
+    """Raises ValueError where one value stands for a group of options: the parser takes it, if it is in a file."""
+    groups = parser.groups or {}
+    found = [
+        (key, config.get(key), "options by name")
+        for key, group in groups.items()
+        if config.get(key) is not None or getattr(group, "group_class", None)  # Lightning has groups of no options
+    ]
+    for name, stage in config.model.stages.items():
+        found += [(f"model.stages.{name}.{part}", stage[part], expected) for part, expected in OF_STAGE.items()]
+    for key, value, expected in found:
+        if not isinstance(value, Namespace):
+            raise ValueError(f"{key} is {value!r}; expected {expected}")
 
 
 def _tables_after(tables: Tables, file: Path) -> Tables:

@@ -26,7 +26,7 @@ from mmfusion.dashboard import final_values, log_evaluation
 from mmfusion.environment import MadeWith, commit
 from mmfusion.loggers import Wandb, make_loggers
 from mmfusion.module import RetrievalModule
-from mmfusion.options import all_shown, explained, shown, with_merged_tables
+from mmfusion.options import all_shown, check_groups, explained, shown, with_merged_tables
 from mmfusion.outcome import leave, metrics_of, write_trec
 from mmfusion.progress import RunProgress
 from mmfusion.retrieval.report import read_results, write_results
@@ -105,14 +105,9 @@ class FusionCLI(LightningCLI):
         return self.parser.dump(config, skip_unset=False)
 
     def before_instantiate_classes(self) -> None:
-        """Raises ValueError or FileNotFoundError where no such stage, or no such checkpoint, is there, or where a
-        stage's losses are no weights by name, which the parser takes from a file."""
-        for name, stage in self.config.model.stages.items():
-            weights = stage.losses
-            if not hasattr(weights, "items"):
-                raise ValueError(
-                    f"model.stages.{name}.losses is {weights!r}; expected weights by term, such as {{query_text: 1.0}}"
-                )
+        """Raises ValueError or FileNotFoundError where no such stage, or no such checkpoint, is there, or where one
+        value stands for a group of options (see check_groups)."""
+        check_groups(self.config, self.parser)
         if self.run_folder is None:
             return
         stages, branch = list(self.config.model.stages), self.config.branch

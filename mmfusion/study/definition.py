@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmfusion.study.strict import StrictFile
+from mmfusion.strict import StrictFile
 
 EVERYTHING = "all"  # the variant of a study that names none
 LOGS = "logs"  # the folder beside those of the arms

@@ -292,6 +292,11 @@ def test_a_mistake_is_one_message_and_leaves_nothing(mmfusion, shards, args, sai
         ("- model", "mine.yaml holds ['model']; expected options by name"),
         ("model: {stages: {align: {losses: 3}}}", "model.stages.align.losses is 3; expected weights by term"),
         ("model: {stages: {align: {losses: {query_text: two}}}}", "Got value: two"),
+        ("model: {stages: {align: {until: 3}}}", "model.stages.align.until is 3; expected where it ends"),
+        ("model: {losses: 3}", "model.losses is 3; expected options by name"),
+        ("model: {evaluation: null}", "model.evaluation is None; expected options by name"),
+        ("trainer: 3", "trainer is 3; expected options by name"),
+        ("wandb: offline", 'Parser key "wandb"'),
     ],
 )
 def test_a_mistake_in_a_file_is_one_message(mmfusion, shards, tmp_path, content, said):

@@ -22,7 +22,7 @@ class StrictFile:
     def content(self) -> Any:
         try:
             return yaml.safe_load(self.path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{self.path} is no YAML: {error}") from error
 
     def keys(self, given: Any, of: type, where: str, needs: Collection[str] = ()) -> dict[str, Any]:
