@@ -14,31 +14,90 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from mmfusion.stages import StagedModule
+from mmfusion.sums import Summed, damage, read_sums, write_sums
 
-BEST, LAST = "best.ckpt", "last.ckpt"
+BEST, LAST, BEFORE = "best.ckpt", "last.ckpt", "before.ckpt"  # BEFORE: the last but one
 
 
 class WholeFiles(TorchCheckpointIO):
     """Writes a checkpoint beside its place and renames it: whoever looks, or goes on after a crash, finds a whole one.
 
     Lightning writes to the system's folder of temporary files first, and where that is another disk copies over the
-    former checkpoint, which a crash leaves in pieces.
+    former checkpoint, which a crash leaves in pieces. SHA256SUMS tells, years later too, what is whole; the former
+    `last` stays as `before`, if this process knows it to be whole.
     """
+
+    def __init__(self) -> None:
+        self._whole: set[Path] = set()  # what this process wrote, or found whole
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         place = Path(path)
         place.parent.mkdir(parents=True, exist_ok=True)
         partial = place.with_name(f"{place.name}.partial")
-        with partial.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())  # else a power cut may keep the new name and lose the content
-        partial.replace(place)
-        folder = os.open(place.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # and this the new name
-        finally:
-            os.close(folder)
+            with partial.open("wb") as file:
+                summed = Summed(file)
+                try:
+                    torch.save(checkpoint, cast(Any, summed))
+                except RuntimeError as error:
+                    raise summed.error or error from None
+                file.flush()
+                os.fsync(file.fileno())  # else a power cut may keep the new name and lose the content
+            self._replace(place, partial, summed.sum)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+    def _replace(self, place: Path, partial: Path, new: str) -> None:
+        folder, former, sums = place.parent, place.with_name(BEFORE), read_sums(place.parent)
+        after = {name: digests for name, digests in sums.items() if (folder / name).is_file()} | {place.name: {new}}
+        keep = place.name == LAST in sums and place.resolve() in self._whole and place.is_file()
+        if keep:
+            after[BEFORE] = sums[LAST]
+        write_sums(folder, {name: digests | sums.get(name, set()) for name, digests in after.items()})
+        _sync(folder)
+        if keep:
+            _rename_over(place, former)
+        os.replace(partial, place)
+        _sync(folder)
+        write_sums(folder, after)
+        self._whole.add(place.resolve())
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Raises ValueError for a file that is damaged, and FileNotFoundError for none."""
+        place = Path(path)
+        if place.is_file() and (what := damage(place)):
+            others = sorted(place.parent.glob("*.ckpt"))
+            whole = [str(other) for other in others if other != place and not damage(other)]
+            raise ValueError(
+                f"{place} is damaged: {what}. "
+                + (f"Whole are {', '.join(whole)}" if whole else f"No other checkpoint in {place.parent} is whole")
+                + "; RESUME=auto goes on from the newest that is"
+            )
+        self._whole.add(place.resolve())
+        return super().load_checkpoint(path, *args, **kwargs)
+
+
+def _rename_over(place: Path, former: Path) -> None:
+    """`former` becomes what `place` is, which keeps its name too where the disk has links."""
+    link = former.with_name(f"{former.name}.partial")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(place, link)
+    except OSError:
+        os.replace(place, former)
+        return
+    os.replace(link, former)
+    link.unlink(missing_ok=True)  # it is left where both were the same file already
+
+
+def _sync(folder: Path) -> None:
+    """Makes names last through a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -56,33 +115,48 @@ class LastCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )  # fmt: skip
         self._due = False
+        self._before = 0
+        self._stepped = False  # whether the batch at hand made an optimizer step, and not only gradients
+
+    @property
+    def saved_step(self) -> int:
+        """The optimizer step of the last checkpoint that this process saved; 0 before."""
+        return self._last_global_step_saved
+
+    def due_now(self) -> None:
+        """Asks, on every rank, for a checkpoint as soon as one may be: after the optimizer step at hand or the next,
+        and after the validation or epoch's end that follows that."""
+        self._due = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._before = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        every = self._every_n_train_steps
-        if trainer.is_last_batch or _validates_next(trainer):
-            self._due = every > 0 and trainer.global_step % every == 0
-        else:
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        every, step = self._every_n_train_steps, trainer.global_step
+        self._stepped = step > self._before
+        self._due |= self._stepped and every > 0 and step % every == 0
+        if not (trainer.is_last_batch or _validates_next(trainer)):
+            self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._due and not trainer.is_last_batch:
-            self._save_now(trainer)
+        if not trainer.is_last_batch:
+            self._save_if_due(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._due:
-            self._save_now(trainer)
+        self._save_if_due(trainer)
         super().on_train_epoch_end(trainer, pl_module)
 
-    def _save_now(self, trainer: Trainer) -> None:
-        self._due = False
-        if not self._should_skip_saving_checkpoint(trainer):
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+    def _save_if_due(self, trainer: Trainer) -> None:
+        if self._due and self._stepped:
+            self._due = False
+            if not self._should_skip_saving_checkpoint(trainer):
+                self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._last_global_step_saved != trainer.global_step:
-            trainer.save_checkpoint(Path(cast(str, self.dirpath)) / LAST)
+        if self.saved_step != trainer.global_step:
+            self._save_checkpoint(trainer, str(Path(cast(str, self.dirpath)) / LAST))
 
 
 class StageCheckpoints(Checkpoint):
@@ -132,6 +206,8 @@ class BestCheckpoint(ModelCheckpoint):
     """checkpoints/best.ckpt: highest `val/primary` among validations in the last stage.
 
     Earlier stages do not count: there the primary view may not be trained yet, and a lucky early value would win.
+    The run's last step is validated however seldom others are: the rates have come down there, and the weights are
+    mostly the best.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -143,6 +219,15 @@ class BestCheckpoint(ModelCheckpoint):
             save_top_k=1,
             enable_version_counter=False,
         )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == cast(StagedModule, pl_module).stage_plan.ends[-1]:
+            trainer.should_stop = True  # which Lightning validates before, in an epoch that is due
+            if trainer.check_val_every_n_epoch is not None:
+                trainer.check_val_every_n_epoch = 1
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if _in_last_stage(trainer, pl_module):

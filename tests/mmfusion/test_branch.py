@@ -279,7 +279,8 @@ def test_by_the_command_line(mmfusion, shards):
     since = Path("runs/fusion_moe/first/checkpoints/stage-adapt.ckpt")
     straight, branched = Path("runs/masked_sum/straight"), Path("runs/masked_sum/branched")
     assert mmfusion(shards, "fusion_moe", "first", "--checkpoint_stages=[adapt]") == (0, "")
-    assert sorted(path.name for path in since.parent.iterdir()) == ["best.ckpt", "last.ckpt", "stage-adapt.ckpt"]
+    checkpoints = ["before.ckpt", "best.ckpt", "last.ckpt", "stage-adapt.ckpt"]
+    assert sorted(path.name for path in since.parent.iterdir()) == ["SHA256SUMS", *checkpoints]
     assert mmfusion(shards, "masked_sum", "straight", rate)[0] == 0
     code, errors = mmfusion(shards, "masked_sum", "branched", rate, f"--branch={since}", "--checkpoint_stages=[align]")
     assert code == 0, errors

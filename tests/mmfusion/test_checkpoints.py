@@ -9,7 +9,8 @@ import pytest
 import torch
 from lightning import Callback
 
-from mmfusion.checkpoints import LAST, LastCheckpoint, WholeFiles
+from mmfusion.checkpoints import BEFORE, BEST, LAST, BestCheckpoint, LastCheckpoint, WholeFiles
+from mmfusion.sums import SUMS
 from tests.small_run import small_data, small_module, small_shards, small_trainer, three_stages
 
 STEPS = 15  # of which an epoch has 3
@@ -78,6 +79,66 @@ def test_steps_and_validations_after_any_resumes(shards, tmp_path, validation, c
             before = folder
 
 
+@pytest.mark.parametrize("seldom", [{"check_val_every_n_epoch": 4}, {"val_check_interval": 3}], ids=str)
+@pytest.mark.parametrize("steps", [14, 15])  # in the middle of an epoch, and at its end
+def test_the_last_step_is_always_validated(shards, tmp_path, seldom, steps):
+    notes, best = Notes(), BestCheckpoint(tmp_path)
+    trainer = small_trainer(
+        tmp_path, notes, best, LastCheckpoint(tmp_path), steps=steps, enable_checkpointing=True, limit_val_batches=1.0,
+        **seldom,
+    )  # fmt: skip
+    trainer.fit(small_module(stages=three_stages(4, 13)), small_data(shards), weights_only=True)
+    validated = {line[0]: line[2] for line in notes.said if line[1] == "validated"}
+    assert max(validated) == steps
+    assert len(validated) > 1
+    in_last_stage = {step: primary for step, primary in validated.items() if step > 13}
+    assert torch.load(tmp_path / BEST, weights_only=True)["global_step"] == max(in_last_stage, key=in_last_stage.get)
+    assert best.best_model_score == max(in_last_stage.values())
+
+
+class Ask(Callback):
+    """Asks for a checkpoint before each batch whose number (from 0, over epochs) is in `batches`."""
+
+    def __init__(self, last: LastCheckpoint, batches: set[int]) -> None:
+        self.last, self.batches, self.made = last, batches, 0
+        self.saved: list[tuple[int, int]] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.saved.append((self.made, self.last.saved_step))  # of each batch that begins: what has been saved
+        if self.made in self.batches:
+            self.last.due_now()
+        self.made += 1
+
+
+def asked(shards: Path, folder: Path, batches: set[int], since: Path | None = None, **options) -> tuple[Ask, list]:
+    last, notes, module = Keep(folder), Notes(), small_module(dropout=0.1, stages=three_stages(2, 4))
+    ask = Ask(last, batches)
+    trainer = small_trainer(folder, ask, notes, last, steps=6, enable_checkpointing=True, **options)
+    trainer.fit(module, small_data(shards), ckpt_path=since, weights_only=True)
+    return ask, notes.said
+
+
+def test_a_checkpoint_that_is_asked_for_is_made_within_the_step(shards, tmp_path):
+    """Or after the validation that follows the step, and never amid the batches of one step."""
+    everything = {"limit_val_batches": 1.0, "val_check_interval": 2}
+    ask, straight = asked(shards, tmp_path / "a", {0, 1, 4}, **everything)
+    assert ask.saved == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 3), (5, 5)], "3 is the end of an epoch"
+    for step in (1, 2, 5):
+        _, said = asked(shards, tmp_path / f"a{step}", set(), tmp_path / "a" / f"{step}.ckpt", **everything)
+        assert said == [line for line in straight if line[0] > step], step
+
+
+def test_amid_the_batches_of_a_step_it_waits_for_their_last(shards, tmp_path):
+    ask, straight = asked(shards, tmp_path / "a", {0, 4}, accumulate_grad_batches=2)
+    assert ask.saved[:7] == [(0, 0), (1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (6, 4)]
+    for step in (1, 3):
+        _, said = asked(
+            shards, tmp_path / f"a{step}", set(), tmp_path / "a" / f"{step}.ckpt", accumulate_grad_batches=2
+        )
+        assert said == straight[-len(said) :], step
+        assert said[-1][0] == 6
+
+
 def test_a_checkpoint_is_replaced_never_written_over(tmp_path, monkeypatch):
     """With temporary files on another disk: there a move is a copy, and a crash in it left half a checkpoint."""
     other = Path("/dev/shm")
@@ -95,4 +156,4 @@ def test_a_checkpoint_is_replaced_never_written_over(tmp_path, monkeypatch):
         assert torch.load(tmp_path / "former.ckpt", weights_only=True)["step"] == 0
         assert torch.load(place, weights_only=True)["step"] == 1
         assert not list(Path(elsewhere).iterdir())
-    assert {path.name for path in tmp_path.iterdir()} == {LAST, "former.ckpt"}
+    assert {path.name for path in tmp_path.iterdir()} == {LAST, BEFORE, SUMS, "former.ckpt"}

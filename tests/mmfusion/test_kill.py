@@ -27,7 +27,7 @@ from tests.ddp import RankError, run_ranks
 from tests.small_run import small_data, small_module, small_shards, small_trainer, three_stages
 
 STEPS, EVERY = 30, 4  # an epoch has 3 steps; a checkpoint every EVERY
-VALIDATED = [9, 18, 27]
+VALIDATED = [9, 18, 27, STEPS]
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ import yaml
 from datamodules.manifest import Manifest, read_manifest
 from datamodules.tuples import TupleDataModule
 from mmfusion.batch import Judgments
-from mmfusion.checkpoints import best_of
+from mmfusion.checkpoints import WholeFiles, best_of
 from mmfusion.cli import main
 from mmfusion.mine import PLACES, TABLES, iteration_of, next_command, ranked
 from mmfusion.mining import REMOVED, SAME, Known, Mined, Rules, Vectors, mined
@@ -561,7 +561,7 @@ def test_a_table_that_is_not_listed_is_warned_of(mmfusion, run, place):
     state = torch.load(best_of(run), weights_only=True)
     state["contract"][f"{TABLES}mined-6"] = "f" * 64
     trained = Path(shutil.copytree(run, "unlisted"))
-    torch.save(state, best_of(trained))
+    WholeFiles().save_checkpoint(state, best_of(trained))
     with pytest.warns(UserWarning, match=r"shards does not list .* trained with: mined-6\. Going by .* iteration 7"):
         mmfusion("mine", "--run", str(trained), "--ranks=1:30", "--margin=none")
     assert manifest().pairs["mined-7"].made_by["trained_with"] == {"mined-6": "f" * 64}

@@ -95,7 +95,10 @@ def test_going_on_as_another_run_is_refused(run, shards, shares, options, data, 
 
 
 # options that came later
-LATER = ("data.hard_", "data.extra_queries", "data.scores", "model.micro_batch", "hard_up_to", "chunk", ".more")
+LATER = (
+    "data.hard_", "data.extra_queries", "data.scores", "model.micro_batch", "hard_up_to", "chunk", ".more",
+    "model.ema", "model.optim.layer_decay", "checkpoint_activations",
+)  # fmt: skip
 
 
 def options_of(shards: Path, *given: str) -> dict:
@@ -136,6 +139,8 @@ def test_a_checkpoint_of_a_version_before_goes_on_without_what_came_later(run, s
         (["--data.hard_negatives=2"], "data.hard_negatives: the checkpoint has 0, this run 2"),
         (["--data.extra_queries=8"], "data.extra_queries: the checkpoint has 0, this run 8"),
         (["--model.losses.query_text.hard_up_to=0.1"], "query_text.hard_up_to: the checkpoint has 0.0, this run 0.1"),
+        (["--model.ema=0.9"], "model.ema: the checkpoint has None, this run 0.9"),
+        (["--model.optim.layer_decay=0.8"], "optim.layer_decay: the checkpoint has 1.0, this run 0.8"),
         (["--model.micro_batch=4"], "model.micro_batch: the checkpoint has None, this run 4"),
         (["--model.losses.more={query_text_x: InfoNCE}"], r"more.query_text_x.class_path: .* has None, this run mmf"),
         (
