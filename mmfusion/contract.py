@@ -17,11 +17,12 @@ RESUME_KEEPS_OF_TRAINER = (
     "limit_train_batches",
 )  # fmt: skip
 
-CHUNK = re.compile(r"model\.losses\..*\.chunk")  # of any loss: memory, and rounding alone
+# Of any loss: memory, and rounding alone. Of any encoder: memory alone.
+MEMORY = re.compile(r"model\.losses\..*\.chunk|model\.(text|image|query)\.checkpoint_activations")
 # What came later did nothing before, as these values do: checkpoints of then lack the options and go on with these.
 BEFORE = {
     "data.hard_negatives": 0, "data.hard_from": ["judged"], "data.hard_max_gain": 0.0, "data.scores": [],
-    "data.extra_queries": 0,
+    "data.extra_queries": 0, "model.optim.layer_decay": 1.0,
 }  # fmt: skip
 BEFORE_OF_LOSSES = {"hard_up_to": 0.0}
 
@@ -37,7 +38,7 @@ def contract(config: dict[str, Any]) -> dict[str, Any]:
 
 def _kept(flat: dict[str, Any]) -> dict[str, Any]:
     return {
-        key: value for key, value in flat.items() if not key.startswith(RESUME_MAY_CHANGE) and not CHUNK.fullmatch(key)
+        key: value for key, value in flat.items() if not key.startswith(RESUME_MAY_CHANGE) and not MEMORY.fullmatch(key)
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
+from lightning import Callback
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
@@ -15,12 +16,14 @@ from mmfusion import optim as optimisation
 from mmfusion.batch import ProductBatch, QueryBatch, RetrievalData, TupleBatch
 from mmfusion.branch import COURSE, Branch, course, stage_courses
 from mmfusion.contract import refuse_another_run
+from mmfusion.ema import WeightAverage
 from mmfusion.encoders import ImageEncoder, ScratchTextEncoder, TextEncoder
 from mmfusion.feature_cache import CacheOptions
-from mmfusion.feature_cache.cache import FeatureCache
+from mmfusion.feature_cache.cache import NAMES, FeatureCache
 from mmfusion.feature_cache.uses import Use, sides_used, without_content
 from mmfusion.features import Features, after_dropout
 from mmfusion.fusion import FusionHead, Gated
+from mmfusion.layers import below_top
 from mmfusion.optim import Optim
 from mmfusion.reach import reached
 from mmfusion.retrieval.collected import (
@@ -68,6 +71,8 @@ class RetrievalModule(StagedModule):
         losses: the loss of each term
         modality_dropout: probability that the fused term sees a product without its text or without its photo
         optim: AdamW's options
+        ema: decay of an exponential moving average of the weights, which validations and checkpoints then have in their
+            place; None: the weights themselves
         memo_gib: GiB that the kept outputs of each frozen encoder may take in memory, of those that are not on disk
         cache: outputs of frozen encoders on disk
         micro_batch: rows (queries, or products) that go through the towers at a time in training, with the activation
@@ -95,6 +100,7 @@ class RetrievalModule(StagedModule):
         losses: Losses = Losses(),  # noqa: B008
         modality_dropout: float = 0.0,
         optim: Optim = Optim(),  # noqa: B008
+        ema: float | None = None,
         memo_gib: float = 4.0,
         cache: CacheOptions = CacheOptions(),  # noqa: B008
         micro_batch: int | None = None,
@@ -128,6 +134,8 @@ class RetrievalModule(StagedModule):
         self.assigned = optimisation.assign(self, groups, stages, SWITCHABLE)
         self.features = Features(self.query, self.product, memo_gib, micro_batch)
         self.feature_cache = FeatureCache(self.features, cache, compile)
+        self.below_top = self._below_top() if optim.layer_decay < 1 else {}
+        self.average = None if ema is None else WeightAverage(ema)
         self.contract: dict[str, Any] = {}
         self.collected: Collected = {}
         self.results: dict[str, dict[str, ViewResult]] = {}
@@ -223,9 +231,21 @@ class RetrievalModule(StagedModule):
         steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         self.stage_plan = StagePlan.lay(self.stages, int(total), steps_per_epoch)
         optimizer, schedule = optimisation.build(
-            self, self.assigned, self.groups, self.stages, self.stage_plan, self.optim
+            self, self.assigned, self.groups, self.stages, self.stage_plan, self.optim, self.below_top
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Once per trainer: a fit and the test after it share it."""
+        there = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [] if self.average is None or self.average in there else [self.average]
+
+    def _below_top(self) -> dict[str, int]:
+        """How many layers are above a parameter's own, in the encoders that some stage trains."""
+        trained = {encoder for use in self._uses() for encoder in use.trains}
+        encoders = {side: encoder for side, encoder in self.features.encoders.items() if encoder in trained}
+        found = {side: below_top(encoder) for side, encoder in encoders.items()}
+        return {f"{NAMES[side]}.{name}": below for side, names in found.items() for name, below in names.items()}
 
     # ---- stages ------------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch import nn
 from torch.optim import AdamW
@@ -25,11 +26,20 @@ class Optim:
         weight_decay: of matrices; vectors (biases, norms, scales) are not decayed
         betas: decay rates of the two moments
         eps: added to the denominator
+        layer_decay: factor on an encoder's rate from each layer to the one below, in (0, 1]: the top layer has the
+            group's rate, the embeddings the lowest one (Howard & Ruder 2018, arXiv 1801.06146)
     """
 
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8
+    layer_decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(
+                f"model.optim.layer_decay is {self.layer_decay}; expected a factor in (0, 1], such as 0.8; 1.0 for none"
+            )
 
 
 def rate_of(groups: Mapping[str, Group], stage: Stage, group: str) -> Rate:
@@ -126,25 +136,31 @@ def build(
     stages: Mapping[str, Stage],
     plan: StagePlan,
     options: Optim,
+    below_top: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[AdamW, LambdaLR]:
     """AdamW over two parameter groups (decayed matrices, undecayed vectors) per named group, and its schedule.
 
-    The optimizer's base rate is 1 and the schedule returns the rate itself.
+    The optimizer's base rate is 1 and the schedule returns the rate itself. below_top: by parameter, how many layers of
+    its encoder are above; those of three layers below the top are the groups <group>/top-3.
     """
     named = dict(module.named_parameters())
     parameter_groups, lambdas = [], []
     for group in groups:
-        for suffix, decayed in (("", True), ("/no_decay", False)):
-            members = [named[n] for n, g in assigned.items() if g == group and (named[n].ndim >= 2) == decayed]
-            if members:
-                decay = options.weight_decay if decayed else 0.0
-                parameter_groups.append({"params": members, "name": group + suffix, "weight_decay": decay})
-                lambdas.append(_schedule(group, groups, stages, plan))
+        names = [name for name, own in assigned.items() if own == group]
+        for below in sorted({below_top.get(name, 0) for name in names}):
+            layer = f"/top-{below}" if below else ""
+            of_layer = [named[name] for name in names if below_top.get(name, 0) == below]
+            for suffix, decayed in (("", True), ("/no_decay", False)):
+                members = [parameter for parameter in of_layer if (parameter.ndim >= 2) == decayed]
+                if members:
+                    decay = options.weight_decay if decayed else 0.0
+                    parameter_groups.append({"params": members, "name": group + layer + suffix, "weight_decay": decay})
+                    lambdas.append(_schedule(group, groups, stages, plan, options.layer_decay**below))
     optimizer = AdamW(parameter_groups, lr=1.0, betas=options.betas, eps=options.eps)
     return optimizer, LambdaLR(optimizer, lambdas)
 
 
 def _schedule(
-    group: str, groups: Mapping[str, Group], stages: Mapping[str, Stage], plan: StagePlan
+    group: str, groups: Mapping[str, Group], stages: Mapping[str, Stage], plan: StagePlan, factor: float
 ) -> Callable[[int], float]:
-    return lambda step: rate_at(step, group, groups, stages, plan)
+    return lambda step: factor * rate_at(step, group, groups, stages, plan)

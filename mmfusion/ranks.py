@@ -8,6 +8,8 @@ from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
+from mmfusion.guards.error import GuardError
+
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -24,18 +26,26 @@ def has_ranks() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def check_ranks_agree(module: nn.Module, where: str) -> None:
-    """Raises RuntimeError naming the first parameters whose bits differ between ranks. Called on every rank at once."""
+def check_ranks_agree(module: nn.Module, where: str, trained_only: bool = False) -> None:
+    """Raises GuardError naming the first parameters whose bits differ between ranks. Called on every rank at once."""
     if not has_ranks():
         return
-    names, parameters = zip(*module.named_parameters(), strict=True)
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad or not trained_only]
+    names, parameters = zip(*named, strict=True)
     own = checksum(parameters)
     every = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(every, own)
-    differs = (torch.stack(every) != every[0]).any(0)
+    differs = torch.stack(every) != every[0]
     if bool(differs.any()):
-        drifted = [name for name, bad in zip(names, differs.tolist(), strict=True) if bad]
-        raise RuntimeError(f"ranks hold different weights {where}: {len(drifted)} parameters, first {drifted[:3]}")
+        drifted = [name for name, bad in zip(names, differs.any(0).tolist(), strict=True) if bad]
+        ranks = differs.any(1).nonzero()[:, 0].tolist()
+        raise GuardError(
+            f"ranks hold different weights {where}: {len(drifted)} parameters, first {drifted[:3]}; ranks {ranks[:8]} "
+            f"of {len(every)} differ from rank 0\n"
+            "A checkpoint from after they last agreed (see --guards.ranks_every) cannot be trusted: go on from an "
+            "earlier one, or start afresh. Do all ranks run the same code and libraries on the same kind of device? "
+            "Does code of your own change weights on some ranks alone? Else a device may be faulty: try without it"
+        )
 
 
 def sync_buffers(module: nn.Module) -> None:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmfusion.batch import TupleBatch
+from mmfusion.guards.error import GuardError
 from mmfusion.losses import InfoNCE, Loss, Pairs, identity_pairs, match_pairs
 from mmfusion.losses.gather import gather_rows
 from mmfusion.stages import Stage
@@ -125,7 +126,7 @@ def _listed(batch: TupleBatch, reads: Reads, label: str) -> Pairs:
 
 
 def stop_unless_finite(total: Float[Tensor, ""], terms: Mapping[str, Float[Tensor, ""]], where: str) -> None:
-    """Raises RuntimeError on all ranks, naming the terms, where the sum or a term is not finite on any of them."""
+    """Raises GuardError on all ranks, naming the terms, where the sum or a term is not finite on any of them."""
     names = [*terms, "their sum"]
     values = gather_rows(torch.stack([*(term.detach().to(total.dtype) for term in terms.values()), total.detach()]))
     if values.isfinite().all():
@@ -136,8 +137,12 @@ def stop_unless_finite(total: Float[Tensor, ""], terms: Mapping[str, Float[Tenso
     bad = [name for name, value in zip(names, by_rank[rank], strict=True) if not torch.tensor(value).isfinite()]
     bad = [name for name in bad if name != names[-1]] or bad
     others = [told[name] for name in terms if name not in bad]
-    raise RuntimeError(
+    raise GuardError(
         f"the loss is not finite at {where}: {', '.join(told[name] for name in bad)}"
         + (f" on rank {rank} of {len(by_rank)}" if len(by_rank) > 1 else "")
         + (f"; {', '.join(others)}" if others else "")
+        + "\nThis step has changed no weights. RESUME=auto goes on from the last checkpoint, but meets the same loss "
+        "again unless a device is faulty. In a new run: lower the stage's rates (--model.stages.<stage>.rates.<group>),"
+        " clip its gradients (--trainer.gradient_clip_val=1), lengthen its warmup, or compute in fp32 "
+        "(--trainer.precision=32-true)"
     )

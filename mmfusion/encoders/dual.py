@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
+from mmfusion.encoders.activations import checkpoint_transformer
 from mmfusion.encoders.augment import Augment, AugmentName
 from mmfusion.encoders.checkpoint import load_checkpoint
 from mmfusion.encoders.encoded import Encoded
@@ -23,11 +24,14 @@ class DualTextEncoder(TextEncoder):
 
     Args:
         checkpoint: a folder or a name on the hub; model_type clip or siglip
+        checkpoint_activations: less memory in training for a second forward pass
     """
 
-    def __init__(self, checkpoint: str = CLIP) -> None:
+    def __init__(self, checkpoint: str = CLIP, *, checkpoint_activations: bool = False) -> None:
         super().__init__()
         model = load_checkpoint(checkpoint, _dual_model)
+        if checkpoint_activations:
+            checkpoint_transformer(model, checkpoint)
         self.tokenizer: Any = load_checkpoint(checkpoint, _tokenizer)
         self.network = ProjectedTower(model.text_model, getattr(model, "text_projection", None))
         config = model.config.text_config
@@ -66,11 +70,16 @@ class DualImageEncoder(ImageEncoder):
     Args:
         checkpoint: a folder or a name on the hub; model_type clip or siglip
         augment: "none", "light", "strong", or single values (mmfusion.encoders.augment.Augment)
+        checkpoint_activations: less memory in training for a second forward pass
     """
 
-    def __init__(self, checkpoint: str = CLIP, *, augment: AugmentName | Augment = "none") -> None:
+    def __init__(
+        self, checkpoint: str = CLIP, *, augment: AugmentName | Augment = "none", checkpoint_activations: bool = False
+    ) -> None:
         super().__init__(augment)
         model = load_checkpoint(checkpoint, _dual_model)
+        if checkpoint_activations:
+            checkpoint_transformer(model, checkpoint)
         processor = load_checkpoint(checkpoint, _image_processor)
         self.set_normalisation(tuple(processor.image_mean), tuple(processor.image_std))
         self.network = ProjectedTower(model.vision_model, getattr(model, "visual_projection", None))

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
+from mmfusion.encoders.activations import checkpoint_timm
 from mmfusion.encoders.augment import PRESETS, Augment, AugmentName, augmented
 from mmfusion.encoders.encoded import Encoded
 
@@ -62,6 +63,7 @@ class TimmEncoder(ImageEncoder):
         image_size: (height, width) of the photos, for models of a fixed input size; None is the model's own
         augment: "none", "light", "strong", or single values (mmfusion.encoders.augment.Augment)
         drop_path: stochastic depth, a probability; for models that have it
+        checkpoint_activations: less memory in training for a second forward pass; not with BatchNorm
     """
 
     def __init__(
@@ -72,11 +74,14 @@ class TimmEncoder(ImageEncoder):
         image_size: tuple[int, int] | None = None,
         augment: AugmentName | Augment = "light",
         drop_path: float = 0.0,
+        checkpoint_activations: bool = False,
     ) -> None:
         super().__init__(augment)
         from mmfusion.encoders.timm_model import TimmFeatures  # noqa: PLC0415  (importing timm takes seconds)
 
         self.network = TimmFeatures(model, pretrained, image_size, drop_path)
+        if checkpoint_activations:
+            checkpoint_timm(self.network.model, model)
         self.dim, self.token_dim = self.network.dim, self.network.token_dim
         self.set_normalisation(self.network.mean, self.network.std)
 

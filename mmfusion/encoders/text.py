@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmfusion.encoders.activations import checkpoint_transformer
 from mmfusion.encoders.checkpoint import MINILM, load_checkpoint
 from mmfusion.encoders.encoded import Encoded
 
@@ -60,11 +61,21 @@ class SentenceTransformerEncoder(TextEncoder):
         model: a folder, or a name on the hub (its local cache and, for all-MiniLM-L6-v2, the dev extra come first)
         max_tokens: longer texts are cut; never more than the model's own limit
         prompt: put before every text, such as "query: " for E5; None is the model's own default
+        checkpoint_activations: less memory in training for a second forward pass; for transformers
     """
 
-    def __init__(self, model: str = MINILM, *, max_tokens: int = 64, prompt: str | None = None) -> None:
+    def __init__(
+        self,
+        model: str = MINILM,
+        *,
+        max_tokens: int = 64,
+        prompt: str | None = None,
+        checkpoint_activations: bool = False,
+    ) -> None:
         super().__init__()
         self.network = load_checkpoint(model, _sentence_transformer)
+        if checkpoint_activations:
+            checkpoint_transformer(getattr(self.network[0], "model", None), model)
         self.max_tokens = min(max_tokens, self.network.max_seq_length or max_tokens)
         self.network.max_seq_length = self.max_tokens
         self.prompt = self.network._resolve_prompt(prompt, None)

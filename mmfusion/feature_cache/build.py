@@ -24,6 +24,7 @@ from mmfusion.batch import ProductBatch, RetrievalData
 from mmfusion.encoders import Encoded
 from mmfusion.feature_cache.todo import Advance, Claimed, Encode, Job, Limit, Outputs, Table, Todo
 from mmfusion.features import part_of
+from mmfusion.guards.pulse import PULSE
 from mmfusion.memo import joined
 from mmfusion.retrieval.ranking import gathered, process
 
@@ -104,7 +105,11 @@ def _in_rounds(parts: Generator[None, None, None]) -> None:
 def _round(parts: Iterator[None]) -> bool:
     """Whether it came to the end."""
     end = time.monotonic() + ROUND
-    return all(time.monotonic() < end for _ in parts)
+    for _ in parts:
+        PULSE.beat()
+        if time.monotonic() >= end:
+            return False
+    return True
 
 
 # ---- the encoders ----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmfusion.batch import Judged
 from mmfusion.losses.pairs import Pairs, equal_pairs
+from mmfusion.speed.timeline import communicating
 
 
 def gather_rows(rows: Shaped[Tensor, "rows *shape"]) -> Shaped[Tensor, "all_rows *shape"]:
@@ -79,13 +80,15 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
         gathered = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
-        dist.all_gather_into_tensor(gathered, rows.contiguous())
+        with communicating():
+            dist.all_gather_into_tensor(gathered, rows.contiguous())
         return gathered
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         own = gradient.new_empty(len(gradient) // dist.get_world_size(), *gradient.shape[1:])
-        dist.reduce_scatter_tensor(own, gradient.contiguous())
+        with communicating():
+            dist.reduce_scatter_tensor(own, gradient.contiguous())
         return own
 
 
@@ -95,11 +98,13 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parts: Tensor) -> Tensor:
         received = torch.empty_like(parts)
-        dist.all_to_all_single(received, parts.contiguous())
+        with communicating():
+            dist.all_to_all_single(received, parts.contiguous())
         return received
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         own = torch.empty_like(gradient)
-        dist.all_to_all_single(own, gradient.contiguous())
+        with communicating():
+            dist.all_to_all_single(own, gradient.contiguous())
         return own

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mmfusion.speed.timeline import communicating
+
 
 def blocks(own: Tensor) -> Iterator[tuple[int, Tensor]]:
     """(rank, its contiguous tensor) of every rank, this one first, then the previous ones. Take all of them."""
@@ -41,8 +43,9 @@ def pass_on(tensor: Tensor) -> Callable[[], Tensor]:
 
     def wait() -> Tensor:
         nonlocal sent
-        for transfer in transfers:
-            transfer.wait()
+        with communicating():
+            for transfer in transfers:
+                transfer.wait()
         sent = coming  # until here, what is sent was kept alive
         return coming
 

@@ -11,6 +11,7 @@ from jaxtyping import Float32, Float64, Int, Int64
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from mmfusion.guards.pulse import PULSE
 from mmfusion.retrieval.topk import TopK, merge
 
 WORD = r"\w+"  # letters, digits and underscores of any script; a single one is a word
@@ -49,6 +50,7 @@ class BM25:
         return _stacked(parts, k)
 
     def _search(self, queries: list[list[str]], tie: Int[Tensor, "catalogue"], k: int) -> TopK:
+        PULSE.beat()
         found = [self._best(words, k) for words in queries]
         scores = pad_sequence([scores for scores, _ in found], batch_first=True, padding_value=-torch.inf)
         ids = pad_sequence([ids for _, ids in found], batch_first=True, padding_value=-1)

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Float32, Int, Int64
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mmfusion.guards.pulse import PULSE
 from mmfusion.precision import full_precision
 from mmfusion.retrieval.vectors import ReadVectors
 
@@ -97,6 +98,7 @@ class _Corpus:
     def chunks(self, device: torch.device) -> Iterator[tuple[int, Float32[Tensor, "part dim"]]]:
         """The first row of each chunk, and the chunk in fp32."""
         for start in range(0, len(self.vectors), self.chunk):
+            PULSE.beat()
             yield start, self.vectors[start : start + self.chunk].to(device, torch.float32)
 
 

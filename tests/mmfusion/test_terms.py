@@ -512,6 +512,7 @@ def test_extra_queries_without_a_term_of_the_query_are_refused(shards):
 def test_a_loss_that_is_not_finite_stops_the_run_naming_step_stage_and_term(shards, tmp_path):
     said = broken(0, 1, shards, tmp_path)
     assert said.startswith("the loss is not finite at step 1, stage all: query_text is inf; query_image is ")
+    assert "lower the stage's rates (--model.stages.<stage>.rates.<group>)" in said
 
 
 def test_it_stops_every_rank(shards, tmp_path):
