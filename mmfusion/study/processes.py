@@ -17,6 +17,10 @@ from mmfusion.options import shown
 TAIL = 15  # lines that tell why a run failed
 PATIENCE = 30.0  # seconds that a run has to stop before it is killed
 END = 16_384  # bytes of a log's end, in which its bars are
+ALONE = {  # what SLURM told this command of its place among a job's tasks; each run is a task by itself
+    "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1",
+    "SLURM_NNODES": "1",
+}  # fmt: skip
 
 
 @dataclass
@@ -70,9 +74,10 @@ def start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> 
         said = " ".join([*settings, shlex.join(map(shown, command))])
         file.write(f"$ {said}\n".encode())
         file.flush()
+        alone = {name: value for name, value in ALONE.items() if name in os.environ}
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, **environment},
+            env={**os.environ, **alone, **environment},
         )  # fmt: skip
     return Child(process, log, offset, time.time())
 
