@@ -7,6 +7,10 @@ DATA      ?= data/demo
 FROM      ?= catalogue
 EXP       ?=
 RUN       ?=
+RESUME    :=
+CLUSTER   :=
+NODES     :=
+GPUS      :=
 RUNS      ?=
 SRC       ?=
 OUT       ?=
@@ -15,6 +19,11 @@ MAX_SIDE  ?=
 SPLIT     ?=
 STUDY     := demo
 SEEDS     :=
+STEPS     :=
+STAGES    :=
+SWEEP     := fusion
+TRIALS    :=
+KEEP      :=
 NAME      :=
 K         :=
 RANKS     :=
@@ -24,7 +33,7 @@ BIN       := .venv/bin
 MMFUSION  := $(BIN)/mmfusion
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train data eval mine compare study bench bench-eval bench-stream bench-import bench-loss bench-cache test test-all lint format clean
+.PHONY: help setup train data eval profile mine compare study sweep runs sync clean-runs bench bench-eval bench-stream bench-import bench-loss bench-cache bench-chaos test test-all lint format clean
 
 help:            ## list every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,14 +48,17 @@ setup: .venv/.ready  ## make .venv and install the pinned dependencies
 	  || $(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	@touch $@
 
-train: setup     ## EXP=fusion_gated [ENCODERS=tiny|minilm|dual] [DATA=shards] [ARGS="--..."]: train, then evaluate val and test
-	@$(MMFUSION) train --exp '$(EXP)' --encoders '$(ENCODERS)' --data '$(DATA)' $(ARGS)
+train: setup     ## EXP=fusion_gated [ENCODERS=tiny|minilm|dual] [DATA=shards] [RESUME=auto|checkpoint] [GPUS=8] [CLUSTER=slurm NODES=4] [ARGS="--..."]: train, then evaluate val and test; with CLUSTER as a job
+	@$(MMFUSION) train --exp '$(EXP)' --encoders '$(ENCODERS)' --data '$(DATA)' $(if $(RESUME),--resume='$(RESUME)') $(if $(CLUSTER),--cluster '$(CLUSTER)') $(if $(NODES),--nodes '$(NODES)') $(if $(GPUS),--gpus '$(GPUS)') $(ARGS)
 
 data: setup      ## FROM=catalogue|esci|fashion|marqo_gs|wands SRC=folder OUT=folder [JOBS=4] [MAX_SIDE=512] [ARGS="--..."]: data into shards; FROM=scores|negatives SRC=file OUT=shards [NAME=teacher]: pairs beside them
 	@$(MMFUSION) data --from '$(FROM)' --src='$(SRC)' --out='$(OUT)' $(if $(JOBS),--jobs='$(JOBS)') $(if $(MAX_SIDE),--photos.max_side='$(MAX_SIDE)') $(if $(NAME),--name='$(NAME)') $(ARGS)
 
 eval: setup      ## RUN=runs/... [DATA=shards] [SPLIT=test] [OUT=folder] [ARGS="--..."]: evaluate a run again
 	@$(MMFUSION) eval --run '$(RUN)' $(if $(DATA_GIVEN),--data '$(DATA)') $(if $(SPLIT),--split '$(SPLIT)') $(if $(OUT),--out '$(OUT)') $(ARGS)
+
+profile: setup   ## EXP=fusion_gated [ENCODERS=...] [DATA=shards] [STEPS=20] [STAGES=align,fuse] [ARGS="--..."]: trace some steps of stages (the first without STAGES), to open in a browser
+	@$(MMFUSION) profile --exp '$(EXP)' --encoders '$(ENCODERS)' --data '$(DATA)' $(if $(STEPS),--steps='$(STEPS)') $(if $(STAGES),--stages='$(STAGES)') $(ARGS)
 
 mine: setup      ## RUN=runs/... [DATA=shards] [NAME=mined-1] [K=20] [RANKS=10:100] [MARGIN=0.05|none] [ARGS="--..."]: hard negatives from a run's own ranking
 	@$(MMFUSION) mine --run '$(RUN)' $(if $(DATA_GIVEN),--data '$(DATA)') $(if $(NAME),--name '$(NAME)') $(if $(K),--k='$(K)') $(if $(RANKS),--ranks='$(RANKS)') $(if $(MARGIN),--margin='$(MARGIN)') $(ARGS)
@@ -57,7 +69,19 @@ compare: setup   ## RUNS="runs/a runs/b [other.run]" [SPLIT=test] [OUT=page.html
 study: setup     ## [STUDY=demo|paper|...] [DATA=shards] [SEEDS=3] [JOBS=1] [ENCODERS=...] [ARGS="--report-only"]: many arms and seeds, and what they show (demo without STUDY, the study's own seeds without SEEDS); goes on where it was stopped
 	@$(MMFUSION) study --study '$(STUDY)' $(if $(DATA_GIVEN),--data '$(DATA)') $(if $(SEEDS),--seeds='$(SEEDS)') $(if $(JOBS),--jobs='$(JOBS)') $(if $(ENCODERS_GIVEN),--encoders '$(ENCODERS)') $(ARGS)
 
-bench: bench-eval bench-stream bench-import bench-loss bench-cache  ## every benchmark
+sweep: setup     ## [SWEEP=fusion|stages|losses] [DATA=shards] [TRIALS=20] [JOBS=1] [ENCODERS=...] [SEEDS=3] [ARGS="--report-only|--wandb|--..."]: many configurations of an experiment, and the best of them again under other seeds; goes on where it was stopped, on several machines at once
+	@$(MMFUSION) sweep --sweep '$(SWEEP)' --data '$(DATA)' $(if $(TRIALS),--trials='$(TRIALS)') $(if $(JOBS),--jobs='$(JOBS)') $(if $(ENCODERS_GIVEN),--encoders '$(ENCODERS)') $(if $(SEEDS),--seeds='$(SEEDS)') $(ARGS)
+
+runs: setup      ## [RUNS=folder] [ARGS="--experiment=... --all --json"]: list runs: stage, status, best val, test, age, commit
+	@$(MMFUSION) runs $(if $(RUNS),--runs='$(RUNS)') $(ARGS)
+
+sync: setup      ## [RUN=runs/...] [RUNS=folder]: send to W&B what runs logged offline, the parts of a resumed run in order
+	@$(MMFUSION) sync $(if $(RUN),--run='$(RUN)') $(if $(RUNS),--runs='$(RUNS)') $(ARGS)
+
+clean-runs: setup  ## KEEP=5 [RUNS=folder] [ARGS="--experiment=... --checkpoints-only --unfinished --yes"]: remove all but the newest runs of each experiment, after a question; what is running or needed stays
+	@$(MMFUSION) clean-runs --keep='$(KEEP)' $(if $(RUNS),--runs='$(RUNS)') $(ARGS)
+
+bench: bench-eval bench-stream bench-import bench-loss bench-cache bench-chaos  ## every benchmark
 
 bench-eval: .venv/.bench  ## exact search and metrics against their peers (5 minutes)
 	@$(BIN)/python experiments/bench/evaluation.py $(ARGS)
@@ -73,6 +97,9 @@ bench-loss: .venv/.bench  ## contrastive losses and micro-batches against their 
 
 bench-cache: setup  ## a frozen stage from the feature cache against encoding, on data/fashion (5 minutes)
 	@$(BIN)/python experiments/bench/cache.py $(ARGS)
+
+bench-chaos: setup  ## two ranks killed at 20 moments, resumed each time, against the straight run, bit for bit (8 minutes on two busy cores)
+	@$(BIN)/python -m tests.chaos $(ARGS)
 
 .venv/.bench: .venv/.ready
 	$(BIN)/python -m uv pip install --python $(BIN)/python -c constraints.txt -e '.[bench]' \

@@ -14,20 +14,24 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmfusion.guards.error import GuardError
+from mmfusion.preemption import NOTICE, Preempted
+
 if TYPE_CHECKING:
     from mmfusion.batch import RetrievalData
 
 EXPERIMENTS = Path("experiments")
 DEMO = Path("data/demo")
 ROOT = Path(__file__).parents[1]
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # what a user mends, not we
+FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS)  # what a user mends, not we
 
 
 def main() -> None:
     """Runs a verb. A user's mistake is one message and exit code 2; MMFUSION_TRACEBACK=1 shows where it was found."""
     verbs: dict[str, Callable[[list[str]], None]] = {
         "train": train, "fit": fit, "data": data, "eval": evaluate, "compare": compare, "mine": mine,
-        "study": study,
+        "study": study, "sweep": sweep, "profile": profile, "runs": runs, "sync": sync, "clean-runs": clean_runs,
     }  # fmt: skip
     verb, rest = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
     if verb not in verbs:
@@ -35,8 +39,10 @@ def main() -> None:
         sys.exit(2)
     try:
         verbs[verb](rest)
+    except Preempted as preempted:
+        sys.exit(preempted.code)  # W&B reads the code from this call
     except KeyboardInterrupt:
-        if verb != "study" or os.environ.get("MMFUSION_TRACEBACK"):
+        if verb not in ("study", "sweep", "sync", "clean-runs") or os.environ.get("MMFUSION_TRACEBACK"):
             raise
         print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
@@ -44,7 +50,10 @@ def main() -> None:
         error = _of_constructor(raised)
         if os.environ.get("MMFUSION_TRACEBACK") or not _is_for_users(error):
             raise
-        said, rank = str(error).removeprefix("argument None: "), os.environ.get("LOCAL_RANK", "0")
+        said = str(error).removeprefix("argument None: ")
+        if isinstance(error, OSError) and error.errno in FULL:
+            said += ". Make room there; a run that was training goes on with RESUME=auto"
+        rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_PROCID", "0")
         if rank == "0":
             print(f"error: {said}", file=sys.stderr)
         elif getattr(error, "one_rank", False):  # the others do not know
@@ -68,7 +77,9 @@ def _raised_in(error: Exception) -> Path:
 
 def _is_for_users(error: Exception) -> bool:
     """Whether the message was written for users: by our own checks, the parser of options or Lightning's checks."""
-    if isinstance(error, argparse.ArgumentError) or type(error).__name__ == "MisconfigurationException":
+    if isinstance(error, argparse.ArgumentError | GuardError) or type(error).__name__ == "MisconfigurationException":
+        return True
+    if isinstance(error, OSError) and error.errno in FULL:
         return True
     raised_in = _raised_in(error)
     own = [ROOT / "mmfusion", ROOT / "datamodules"]
@@ -85,11 +96,32 @@ def _parser(verb: str, **arguments: str) -> argparse.ArgumentParser:
 
 
 def train(argv: list[str]) -> None:
-    """An experiment by name: base, encoders and experiment files one over the other, then `fit`."""
-    arguments, shards = fit_arguments(argv)
+    """An experiment by name: base, encoders and experiment files one over the other, then `fit`, here or in a job."""
+    parser = _parser("train", cluster="name in experiments/clusters", nodes="machines", gpus="of each machine")
+    options, rest = parser.parse_known_args(argv)
+    asked = [option for option in rest if option.startswith("--cluster.")]
+    rest = [option for option in rest if option not in asked]
+    if not options.cluster and (asked or options.nodes):
+        raise ValueError(f"{asked[0] if asked else 'NODES='} is for a job: CLUSTER=slurm NODES=2 GPUS=8 (see README)")
+    nodes, gpus = (_count(name.upper(), vars(options)[name] or "1") for name in ("nodes", "gpus"))
+    if options.cluster or options.gpus:
+        rest += [f"--trainer.devices={gpus}"]
+    if options.cluster:
+        rest += [f"--trainer.num_nodes={nodes}"]
+    arguments, shards = fit_arguments(rest)
     if Path(shards) == DEMO and os.environ.get("LOCAL_RANK", "0") == "0":
         importer("demo")(DEMO)
-    fit(arguments)
+    if not options.cluster:
+        fit(arguments)
+        return
+    file = _named(EXPERIMENTS / "clusters", options.cluster, "CLUSTER")
+    from mmfusion.cluster.options import given_on_command_line, read_cluster  # noqa: PLC0415
+    from mmfusion.cluster.script import job_of, submit  # noqa: PLC0415
+    from mmfusion.study.preflight import parse  # noqa: PLC0415
+
+    cluster = read_cluster(file, given_on_command_line(asked))
+    parse(rest)  # what training would refuse is known before the job waits for its turn
+    submit(job_of(arguments, *_asked_run(arguments), cluster, nodes, gpus), file.with_suffix(".sbatch"))
 
 
 def fit_arguments(argv: Sequence[str]) -> tuple[list[str], str]:
@@ -100,11 +132,13 @@ def fit_arguments(argv: Sequence[str]) -> tuple[list[str], str]:
     experiment = _named(EXPERIMENTS, options.exp, "EXP", leave_out=("base",))
     overlay = _named(EXPERIMENTS / "encoders", options.encoders, "ENCODERS")
     configs = [f"--config={path}" for path in (EXPERIMENTS / "base.yaml", overlay, experiment)]
-    return [*configs, f"--experiment={options.exp}", f"--data.path={options.data}", *rest], options.data
+    return [*configs, f"--experiment={experiment.stem}", f"--data.path={options.data}", *rest], options.data
 
 
 def _named(folder: Path, name: str, what: str, leave_out: Sequence[str] = ()) -> Path:
-    """The YAML file called `name` in `folder`. Raises FileNotFoundError listing those there are."""
+    """The YAML file called `name` in `folder`, or of that path. Raises FileNotFoundError listing those there are."""
+    if name.endswith(".yaml") and Path(name).is_file():
+        return Path(name)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder} here: run this in the project's own folder")
     names = sorted(path.stem for path in folder.glob("*.yaml") if path.stem not in leave_out)
@@ -117,18 +151,39 @@ def _named(folder: Path, name: str, what: str, leave_out: Sequence[str] = ()) ->
 
 def fit(argv: list[str]) -> None:
     """Trains, evaluates val and test with the best checkpoint, writes results.json, prints the table and the run."""
-    run = _run_folder(argv)
-    from mmfusion.run import FusionCLI, fit_and_evaluate  # noqa: PLC0415
+    run, options = _run_folder(argv)
+    with NOTICE.caught(run):
+        from mmfusion.run import FusionCLI, fit_and_evaluate  # noqa: PLC0415
 
-    fit_and_evaluate(FusionCLI.parse(argv, run))
+        fit_and_evaluate(FusionCLI.parse([*argv, *options], run))
 
 
-def _run_folder(argv: Sequence[str]) -> Path:
+def _run_folder(argv: Sequence[str]) -> tuple[Path, list[str]]:
     """runs/<experiment>/<version>: the folder of the checkpoint that a run resumes, or a new one.
 
-    All ranks have to agree before they can talk: those that Lightning starts inherit the name, those of a cluster's
-    launcher share its job. Raises ValueError for a folder that holds another run already.
+    And what --resume=auto comes to, as options. All ranks have to agree before they can talk: those that Lightning
+    starts inherit the name, those of a cluster's launcher share its job. Raises ValueError for a folder that holds
+    another run already.
     """
+    experiment, resume = _asked_run(argv)
+    if resume == "auto":
+        from mmfusion.resume import start_of  # noqa: PLC0415
+
+        start = start_of(experiment, lambda: _new_folder(experiment))
+        return start.folder, [f"--resume={start.checkpoint or 'null'}"]
+    if resume is not None:
+        checkpoint = Path(resume)
+        if not checkpoint.is_file() or checkpoint.parent.name != "checkpoints":
+            raise FileNotFoundError(
+                f"--resume={checkpoint} is no checkpoint of a run: those are runs/<exp>/<version>/checkpoints/*.ckpt, "
+                "and auto is the last of an unfinished one"
+            )
+        return checkpoint.parents[1], []
+    return _new_folder(experiment), []
+
+
+def _asked_run(argv: Sequence[str]) -> tuple[Path, str | None]:
+    """The folder of the experiment's runs, and --resume: as options, or in files of options."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--config", action="append", default=[], type=Path)
     for name in ("experiment", "runs", "resume"):
@@ -136,15 +191,15 @@ def _run_folder(argv: Sequence[str]) -> Path:
     given, _ = parser.parse_known_args(argv)
     files = [_content(path) for path in given.config if path.is_file()]
     set_in_files = {key: value for file in files for key, value in file.items() if key in vars(given)}
-    if given.resume not in (None, "null"):
-        checkpoint = Path(given.resume)
-        if not checkpoint.is_file() or checkpoint.parent.name != "checkpoints":
-            raise FileNotFoundError(
-                f"--resume={checkpoint} is no checkpoint of a run: those are runs/<exp>/<version>/checkpoints/*.ckpt"
-            )
-        return checkpoint.parents[1]
     root = Path(given.runs or set_in_files.get("runs") or "runs")
-    folder = root / (given.experiment or set_in_files.get("experiment") or "custom") / _version()
+    resume = given.resume or set_in_files.get("resume")
+    experiment = root / (given.experiment or set_in_files.get("experiment") or "custom")
+    return experiment, None if resume == "null" else resume
+
+
+def _new_folder(experiment: Path) -> Path:
+    """Raises ValueError for a folder that holds a run."""
+    folder = experiment / _version()
     if (folder / "config.yaml").exists():
         raise ValueError(f"{folder} holds a run: go on with --resume={folder}/checkpoints/last.ckpt, or move it away")
     return folder
@@ -174,6 +229,22 @@ def _version() -> str:
     if os.environ.get("SLURM_PROCID") and os.environ.get("SLURM_NTASKS", "1") != "1":
         return f"job-{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_STEP_ID', '0')}"
     return os.environ.setdefault("MMFUSION_VERSION", datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")[:-4])
+
+
+def profile(argv: list[str]) -> None:
+    """Traces some steps of an experiment's stages, as files that open in a browser; prints the longest operators."""
+    parser = _parser(
+        "profile", steps="traced steps of each stage; 20 without", stages="as in align,fuse; the first without"
+    )
+    parser.set_defaults(steps="20", stages="")
+    options, rest = parser.parse_known_args(argv)
+    arguments, shards = fit_arguments(rest)
+    steps, stages = _count("STEPS", options.steps), [name for name in options.stages.split(",") if name]
+    if Path(shards) == DEMO and os.environ.get("LOCAL_RANK", "0") == "0":
+        importer("demo")(DEMO)
+    from mmfusion.speed.profile import profile_run  # noqa: PLC0415
+
+    profile_run(arguments, steps, stages, lambda: _run_folder(arguments)[0])
 
 
 def data(argv: list[str]) -> None:
@@ -302,9 +373,7 @@ def study(argv: list[str]) -> None:
     from mmfusion.study.jobs import Plan  # noqa: PLC0415
     from mmfusion.study.runner import run_and_report  # noqa: PLC0415
 
-    given = Path(options.study)
-    path = given if given.suffix == ".yaml" else _named(EXPERIMENTS / "studies", options.study, "STUDY")
-    definition = read_study(path)
+    definition = read_study(_named(EXPERIMENTS / "studies", options.study, "STUDY"))
     if options.encoders:
         _named(EXPERIMENTS / "encoders", options.encoders, "ENCODERS")
         definition = dataclasses.replace(definition, encoders=options.encoders)
@@ -318,6 +387,86 @@ def study(argv: list[str]) -> None:
     if Path(shards) == DEMO and not options.report_only:
         importer("demo")(DEMO)
     sys.exit(run_and_report(plan, side_by_side, options.report_only))
+
+
+def sweep(argv: list[str]) -> None:
+    """Trains the trials of a sweep that are not over yet, reports them, and trains the best again under other seeds."""
+    parser = _parser(
+        "sweep",
+        sweep="file in experiments/sweeps, or the path of one; fusion without",
+        data="folder of shards; the demo's without",
+        trials="how many in all; the sweep's own number without",
+        jobs="trials at a time",
+        encoders="encoders overlay; the sweep's own without",
+        seeds="for the best and the experiment as it is, after the trials; 0 for none",
+    )
+    parser.add_argument("--report-only", action="store_true", help="of the trials that are over, without training")
+    parser.add_argument("--wandb", action="store_true", help="write the sweep as a configuration of W&B's sweeps")
+    parser.set_defaults(sweep="fusion", jobs="1", seeds="3", data=str(DEMO))
+    options, rest = parser.parse_known_args(argv)
+    from mmfusion.sweep.definition import read_sweep  # noqa: PLC0415
+    from mmfusion.sweep.runner import report_alone, run_sweep, translate  # noqa: PLC0415
+    from mmfusion.sweep.trials import plan_of  # noqa: PLC0415
+
+    definition = read_sweep(_named(EXPERIMENTS / "sweeps", options.sweep, "SWEEP"))
+    if options.encoders:
+        _named(EXPERIMENTS / "encoders", options.encoders, "ENCODERS")
+        definition = dataclasses.replace(definition, encoders=options.encoders)
+    if options.trials:
+        definition = dataclasses.replace(definition, trials=_count("TRIALS", options.trials))
+    side_by_side, seeds = _count("JOBS", options.jobs), 0 if options.seeds == "0" else _count("SEEDS", options.seeds)
+    plan = plan_of(definition, Path("runs/sweeps") / definition.name, options.data, tuple(rest))
+    if options.report_only:
+        report_alone(definition, plan)
+        return
+    if Path(options.data) == DEMO:
+        importer("demo")(DEMO)
+    if options.wandb:
+        translate(definition, plan)
+        return
+    sys.exit(run_sweep(definition, plan, side_by_side, seeds))
+
+
+def runs(argv: list[str]) -> None:
+    """Which runs there are and how far they are, as a table."""
+    parser = _parser("runs", runs="folder of them; runs without", experiment="the only one to list")
+    parser.add_argument("--all", action="store_true", help="those of studies and sweeps too, one by one")
+    parser.add_argument("--json", action="store_true", help="all that is known of all of them, for programs")
+    parser.set_defaults(runs="runs")
+    options = parser.parse_args(argv)
+    from mmfusion.runs.listing import list_runs  # noqa: PLC0415
+
+    list_runs(Path(options.runs), options.experiment, options.all, options.json)
+
+
+def sync(argv: list[str]) -> None:
+    """Sends to W&B what runs logged offline; exit code 1 where some of it could not be."""
+    parser = _parser("sync", runs="folder of all runs; runs without", run="the only one to send")
+    parser.set_defaults(runs="runs")
+    options = parser.parse_args(argv)
+    from mmfusion.runs.sync import sync as send  # noqa: PLC0415
+
+    send(Path(options.runs), Path(options.run) if options.run else None)
+
+
+def clean_runs(argv: list[str]) -> None:
+    """Removes old runs, after a question."""
+    parser = _parser(
+        "clean-runs",
+        keep="how many runs of each experiment stay",
+        runs="folder of all runs; runs without",
+        experiment="the only one whose runs may go",
+    )
+    parser.set_defaults(runs="runs", keep="")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.add_argument("--checkpoints-only", action="store_true", help="numbers and pages stay")
+    parser.add_argument("--unfinished", action="store_true", help="runs too that RESUME=auto could go on with")
+    options = parser.parse_args(argv)
+    keep = _count("KEEP", options.keep)
+    from mmfusion.runs import clean  # noqa: PLC0415
+
+    order = clean.Order(keep, options.experiment, options.checkpoints_only, options.unfinished)
+    clean.clean_runs(Path(options.runs), order, options.yes)
 
 
 def _seeds(given: str) -> tuple[int, ...]:

@@ -1,10 +1,13 @@
 """Where a run's numbers go: metrics.csv always, Weights & Biases offline without a key and online with one."""
 
+import contextlib
 import csv
 import netrc
 import os
 import sys
+import threading
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -14,6 +17,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from mmfusion.options import shown
+from mmfusion.preemption import NOTICE
+from mmfusion.runs.family import family
 
 
 @dataclass
@@ -24,8 +29,8 @@ class Wandb:
         mode: auto is online when a key is at hand (WANDB_API_KEY or ~/.netrc), else offline; WANDB_MODE wins
         project: project's name
         entity: team or user; the account's default when none is given
-        group: runs that belong together; the experiment's name when none is given
-        tags: tags of the run
+        group: runs that belong together; when none is given the study or sweep, else the experiment's name
+        tags: tags of the run, beside its experiment, encoders and primary view
     """
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
@@ -37,13 +42,19 @@ class Wandb:
     def resolved(self) -> str:
         if self.mode != "auto":
             return self.mode
-        return os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        return os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
 
 
-def _has_key() -> bool:
+def server() -> str:
+    """The address of W&B's server."""
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+
+
+def has_key() -> bool:
+    """Whether W&B's server, or that of WANDB_BASE_URL, would know who we are."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    host = server().split("//")[-1].split("/")[0]
     try:
         return netrc.netrc().authenticators(host) is not None
     except (FileNotFoundError, netrc.NetrcParseError):
@@ -78,19 +89,79 @@ class _Writer(FabricWriter):
         self.hparams.update(params)
 
 
-def make_loggers(run: Path, wandb: Wandb) -> list[Logger]:
-    """The loggers of a run in folder `run` = <root>/<experiment>/<version>; a resumed run continues its W&B run."""
+class PatientWandbLogger(WandbLogger):
+    """A scheduler's SIGTERM to every process of a job ends W&B's service, but not a run that has a step to save."""
+
+    @rank_zero_only
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().log_metrics(*args, **kwargs)
+        except ConnectionError:
+            if NOTICE.asked is None:
+                raise
+
+
+def leave_wandb(code: int, patience: float = 60.0) -> None:
+    """Ends this process's W&B run as one that was preempted, with what it was told so far.
+
+    code: exit code, for the service. patience: in seconds; without a network the service would try for hours.
+    """
+    import wandb  # noqa: PLC0415
+
+    def end(run: Any) -> None:
+        with contextlib.suppress(ConnectionError):
+            run.mark_preempting()
+            run.finish(exit_code=code)
+
+    if wandb.run is not None:
+        ending = threading.Thread(target=end, args=(wandb.run,), daemon=True)
+        ending.start()
+        ending.join(patience)
+
+
+def make_loggers(run: Path, wandb: Wandb, tags: Sequence[str] = ()) -> list[Logger]:
+    """The loggers of a run in folder `run` = <root>/<experiment>/<version>; a resumed run continues its W&B run.
+
+    tags: what is known of it. W&B is given whole paths: its process may have begun in another folder than ours.
+    """
     loggers: list[Logger] = [AppendingCSVLogger(run.parents[1], name=run.parent.name, version=run.name)]
     mode = wandb.resolved()
     if mode != "disabled":
+        of_sweep = (family(run) or "").startswith("sweep ") or "WANDB_SWEEP_ID" in os.environ  # its agents set that
         loggers.append(
-            WandbLogger(
-                name=f"{run.parent.name}/{run.name}", save_dir=str(run), id=_wandb_id(run), resume="allow",
-                project=wandb.project, entity=wandb.entity, group=wandb.group or run.parent.name, tags=wandb.tags,
-                job_type="train", settings=wandb_settings(mode),
+            PatientWandbLogger(
+                name=_title(run), save_dir=str(run.absolute()), id=_wandb_id(run), resume="allow",
+                job_type="sweep" if of_sweep else "train", settings=wandb_settings(mode), **_filed(run, wandb, tags),
             )
         )  # fmt: skip
     return loggers
+
+
+def log_of_evaluation(folder: Path, run: Path, wandb: Wandb, tags: Sequence[str], options: Mapping[str, Any]) -> Any:
+    """A wandb.Run for the evaluation of `run` in `folder`, of the job type `eval`; None where the run logs to none.
+
+    An evaluation that is made again goes on with the same one.
+    """
+    mode = wandb.resolved()
+    if mode == "disabled":
+        return None
+    from wandb import init  # noqa: PLC0415  (it takes a second, and only runs that log to it need it)
+
+    return init(
+        name=f"{_title(run)} {folder.name}", dir=str(folder.absolute()), id=_wandb_id(folder), resume="allow",
+        job_type="eval", config=dict(options), settings=wandb_settings(mode), **_filed(run, wandb, tags),
+    )  # fmt: skip
+
+
+def _title(run: Path) -> str:
+    return "/".join(run.resolve().parts[-2:])
+
+
+def _filed(run: Path, wandb: Wandb, tags: Sequence[str]) -> dict[str, Any]:
+    """Where W&B keeps what is logged of a run, and how it is found there."""
+    group = wandb.group or family(run) or run.resolve().parent.name
+    every = list(dict.fromkeys([*tags, *wandb.tags]))
+    return {"project": wandb.project, "entity": wandb.entity, "group": group, "tags": every}
 
 
 def wandb_settings(mode: str) -> Any:

@@ -8,7 +8,7 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -20,29 +20,37 @@ from lightning.pytorch.loggers import WandbLogger
 
 from mmfusion.batch import RetrievalData
 from mmfusion.branch import Branch
-from mmfusion.checkpoints import BestCheckpoint, LastCheckpoint, StageCheckpoints, WholeFiles, best_of
+from mmfusion.checkpoints import BestCheckpoint, LastCheckpoint, StageCheckpoints, best_of
 from mmfusion.contract import contract
 from mmfusion.dashboard import final_values, log_evaluation
 from mmfusion.environment import MadeWith, commit
-from mmfusion.loggers import Wandb, make_loggers
+from mmfusion.guards.disk import RoomyFiles
+from mmfusion.guards.options import Guards
+from mmfusion.loggers import Wandb, log_of_evaluation, make_loggers
 from mmfusion.module import RetrievalModule
 from mmfusion.options import all_shown, check_groups, explained, shown, with_merged_tables
 from mmfusion.outcome import leave, metrics_of, write_trec
 from mmfusion.progress import RunProgress
 from mmfusion.retrieval.report import read_results, write_results
 from mmfusion.retrieval.side import home
+from mmfusion.save_and_leave import SaveAndLeave
+from mmfusion.speed.callback import Speed
 from mmfusion.stages import StageSwitch
+from mmfusion.state import KeepState
+from mmfusion.strategy import check_strategy
 
 # Options of Lightning's trainer that a run of this project decides itself.
 DECIDED = {
     "logger": (False, "loggers are chosen by --wandb.mode; metrics.csv is always written"),
     "enable_checkpointing": (None, "the best checkpoint is what a run is evaluated with"),
     "fast_dev_run": (False, "try --trainer.max_steps=10 instead"),
+    "profiler": (None, "metrics.csv and speed.json tell where time goes, and make profile EXP=... writes a trace"),
     "limit_test_batches": (None, "a test searches the whole corpus; a part of it has other numbers"),
     "limit_val_batches": (None, "name a smaller corpus by --data.val_corpus=judged+10000 instead"),
 }
 
 ZERO_SHOT = "zero_shot.json"
+Kind = TypeVar("Kind", bound=Callback)
 
 
 class FusionCLI(LightningCLI):
@@ -79,7 +87,7 @@ class FusionCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--experiment", type=str, default="custom", help="name of the run's folder under runs/")
         parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs")
-        parser.add_argument("--resume", type=str | None, default=None, help="checkpoint to go on from")
+        parser.add_argument("--resume", type=str | None, default=None, help="checkpoint to go on from, or auto")
         parser.add_argument(
             "--checkpoint_steps", type=int | None, default=None, help="steps between checkpoints; one an epoch without"
         )
@@ -90,6 +98,7 @@ class FusionCLI(LightningCLI):
             "--branch", type=str | None, default=None, help="checkpoint at the end of a stage for a new run to begin at"
         )
         parser.add_argument("--wandb", type=Wandb, default=Wandb(), help="Weights & Biases")
+        parser.add_argument("--guards", type=Guards, default=Guards(), help="what stops a run that goes wrong")
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
         parser.link_arguments("model.modalities", "data.init_args.modalities")
@@ -125,6 +134,16 @@ class FusionCLI(LightningCLI):
             )
 
     @property
+    def tags(self) -> list[str]:
+        """By what a run is found in W&B: its experiment, its encoders' overlay and its primary view.
+
+        Runs of studies and sweeps are named by their arm, or as trials: the experiment is the file's.
+        """
+        files = [Path(str(file)) for file in self.config.get("config") or []]
+        ours = [file.stem for file in files if file.parent.name in ("experiments", "encoders") and file.stem != "base"]
+        return list(dict.fromkeys([self.config.experiment, *ours, self.config_init.model.primary]))
+
+    @property
     def begins_from(self) -> str | None:
         """The checkpoint that a new run branches off from; a run that is resumed is past that."""
         return self.config.branch if self.config.resume is None else None
@@ -138,19 +157,25 @@ class FusionCLI(LightningCLI):
                 f"trainer.precision={self.config.trainer.precision} would hold the weights in 16 bits, in which small "
                 "steps are lost (a temperature's first of all): bf16-mixed computes in 16 bits and holds them in 32"
             )
+        check_strategy(self.config.trainer.strategy)
         callbacks: list[Callback] = [StageSwitch()]
+        if self.run_folder is not None:
+            callbacks.append(Speed(self.run_folder))
         if self.config.trainer.enable_progress_bar is not False:
             callbacks.append(RunProgress())
         if self.run_folder is not None:
             folder = self.run_folder / "checkpoints"
             callbacks += [Branch(self.begins_from)] if self.begins_from else []
             callbacks += [BestCheckpoint(folder), StageCheckpoints(folder, self.config.checkpoint_stages)]
-            callbacks += [LastCheckpoint(folder, self.config.checkpoint_steps)]
+            last = LastCheckpoint(folder, self.config.checkpoint_steps)
+            callbacks = [SaveAndLeave(last), *callbacks, last, KeepState(self.run_folder)]
             callbacks += [MadeWith(self.run_folder, self.resolved())]
-            kwargs["logger"] = make_loggers(self.run_folder, self.config_init.wandb)
+            callbacks += self.config_init.guards.callbacks(self.run_folder)
+            kwargs["logger"] = make_loggers(self.run_folder, self.config_init.wandb, self.tags)
         self.trainer_defaults["callbacks"] = callbacks
         trainer = super().instantiate_trainer(**kwargs)
-        trainer.strategy.checkpoint_io = WholeFiles()
+        trainer.strategy.checkpoint_io = RoomyFiles()
+        self.config_init.guards.set_up(trainer.strategy)
         return trainer
 
 
@@ -168,16 +193,16 @@ def fit_and_evaluate(cli: FusionCLI) -> None:
             _zero_shot(cli)
         cli.trainer.fit(model, cli.datamodule, ckpt_path=resume or cli.begins_from, weights_only=True)
     checkpoint = best_of(run)
-    cli.trainer.test(model, cli.datamodule, ckpt_path=str(checkpoint), weights_only=True, verbose=False)
-    if cli.trainer.is_global_zero:
-        before = read_results(run / ZERO_SHOT) if model.zero_shot and (run / ZERO_SHOT).is_file() else {}
-        results = leave(run, model, cli.datamodule, _about(cli, run, checkpoint, made_by), before)
-        _finish(run, cli, results)
+    with _callback(cli, KeepState).told():
+        cli.trainer.test(model, cli.datamodule, ckpt_path=str(checkpoint), weights_only=True, verbose=False)
+        if cli.trainer.is_global_zero:
+            before = read_results(run / ZERO_SHOT) if model.zero_shot and (run / ZERO_SHOT).is_file() else {}
+            results = leave(run, model, cli.datamodule, _about(cli, run, checkpoint, made_by), before)
+            _finish(run, cli, results)
 
 
 def _finish(run: Path, cli: FusionCLI, results: dict[str, Any]) -> None:
-    callbacks: list[Callback] = cli.trainer.callbacks  # type: ignore[attr-defined]
-    best = next(callback for callback in callbacks if isinstance(callback, BestCheckpoint)).best_model_score
+    best = _callback(cli, BestCheckpoint).best_model_score
     for logger in cli.trainer.loggers:
         if isinstance(logger, WandbLogger):
             log_evaluation(logger.experiment, run, None if best is None else float(best))
@@ -186,7 +211,12 @@ def _finish(run: Path, cli: FusionCLI, results: dict[str, Any]) -> None:
         else:
             logger.log_metrics(final_values(results), cli.trainer.global_step)
             logger.finalize("success")
+    _callback(cli, KeepState).end("done")
     print(f"run: {run}")
+
+
+def _callback(cli: FusionCLI, kind: type[Kind]) -> Kind:
+    return next(part for part in cli.trainer.callbacks if isinstance(part, kind))  # type: ignore[attr-defined]
 
 
 def _about(
@@ -254,6 +284,10 @@ def evaluate_run(
     if cli.trainer.is_global_zero:
         folder = out or run / "eval" / f"{cli.datamodule.manifest_hash[:12]}-{split}"
         leave(folder, cli.model, cli.datamodule, _about(cli, run, checkpoint, commit(), rest))
+        options = yaml.safe_load(cli.resolved())
+        if (log := log_of_evaluation(folder, run, cli.config_init.wandb, cli.tags, options)) is not None:
+            log_evaluation(log, folder)
+            log.finish()
         if trec is not None:
             write_trec(trec, cli.model.results, cli.datamodule)
         print(f"results: {folder / 'results.json'}")

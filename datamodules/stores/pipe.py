@@ -15,6 +15,7 @@ from datamodules.stores.transfer import Tries, restart
 SILENCE = 300.0  # s without a byte after which the command is ended
 TRIES = 3
 CHUNK = 1 << 20  # bytes
+SCHEDULERS = (signal.SIGTERM, signal.SIGUSR1)  # a run that is told to go by these makes its step, and reads for it
 SAID = 500  # bytes of stderr that an error shows
 SECRET = re.compile(r"(?i)(?:auth\w*|bearer|basic|token|secret|password|passwd|key|user|^-u)(?:$|[\s=:]+(.*))")
 
@@ -60,9 +61,13 @@ class Pipe:
         command = ["sh", "-c", self._command.replace("{name}", shlex.quote(name))]
         with tempfile.TemporaryFile() as errors:
             # Read by this process: a command that wrote the file itself would go on when this process is killed.
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
-            )
+            former = signal.pthread_sigmask(signal.SIG_BLOCK, SCHEDULERS)  # the command inherits it
+            try:
+                process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+                )
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, former)
             try:
                 problem = _take(process, part, size)
             finally:

@@ -1,6 +1,10 @@
 """Reading in worker processes: requests in, what is made of them out, in order."""
 
+import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -16,6 +20,7 @@ from datamodules.outcomes import Outcome, outcome
 FORKS = sys.platform == "linux"
 CONTEXT = "fork" if FORKS else None
 PLAIN = (torch.bool, torch.uint8, torch.int64, torch.float32)  # what batches are made of, and NumPy has
+AGAIN = 3.0  # seconds
 SMALL = 64 * 2**10  # bytes of a tensor that a worker sends as they are: a file of shared memory each takes more time
 
 
@@ -40,9 +45,27 @@ def _by_value(tensor: Tensor) -> tuple[Any, ...]:
     return torch.from_numpy, (tensor.numpy(),)
 
 
+def _heed_only_the_parent() -> None:
+    """Ends the process when its parent says so by SIGTERM, or somebody else a second time, after AGAIN seconds or more.
+
+    A scheduler sends it to every process of a run, which still makes and saves a step: torch's own handler would end
+    the worker at once, and the run with it.
+    """
+    since: float | None = None
+    while True:
+        told, now = signal.sigwaitinfo({signal.SIGTERM}), time.monotonic()
+        if told.si_pid == os.getppid() or (since is not None and now - since > AGAIN):
+            os._exit(0)
+        since = now if since is None else since
+
+
 def _begin(worker: int) -> None:
-    """Runs in each worker: its answers hold a dozen small tensors each."""
+    """Runs in each worker. Its answers hold a dozen small tensors each."""
     ForkingPickler.register(Tensor, _by_value)
+    if FORKS:  # a Mac has no sigwaitinfo, and no scheduler
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_heed_only_the_parent, name="signals", daemon=True).start()
 
 
 def reading(read: Callable[[Any], Any], requests: Iterable[Any], workers: int, persistent: bool) -> DataLoader[Outcome]:

@@ -86,8 +86,9 @@ def test_every_experiment_trains_and_reports(mmfusion, shards, name):
     assert results["run"]["primary"] == views[-1]
     assert {path.name for path in run.iterdir()} == {
         "checkpoints", "config.yaml", "environment.json", "metrics.csv", "results.json", "report.html",
-        "per_query.parquet", "rankings.parquet", "products.parquet",
+        "per_query.parquet", "rankings.parquet", "products.parquet", "speed.json", "state.json",
     }  # fmt: skip
+    assert json.loads((run / "state.json").read_text())["status"] == "done"
     stages = yaml.safe_load((run / "config.yaml").read_text())["model"]["stages"]
     with (run / "metrics.csv").open() as file:
         assert [row for row in csv.DictReader(file) if row["train/loss"]]
@@ -186,7 +187,8 @@ def test_a_run_that_was_cut_short_ends_as_the_straight_one(mmfusion, shards):
     }
     assert ends["cut"]["global_step"] == 10
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LastCheckpoint, "on_train_end", lambda *_: None)  # the crash: after step 8 nothing is saved
+        for name in ("on_train_end", "due_now"):
+            patch.setattr(LastCheckpoint, name, lambda *_: None)  # the crash: after step 8 nothing is saved
         patch.setattr(BestCheckpoint, "on_validation_end", lambda *_: None)
         assert mmfusion(*command, "--runs=crashed")[0] == 0
     (crashed,) = Path("crashed/fusion_moe").iterdir()

@@ -1,11 +1,17 @@
 """W&B without a key or a network: offline, never asking; CSV that a resumed run continues."""
 
 import csv
+import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from jsonargparse import Namespace
 
-from mmfusion.loggers import AppendingCSVLogger, Wandb, make_loggers
+from mmfusion.loggers import AppendingCSVLogger, Wandb, log_of_evaluation, make_loggers
+from mmfusion.run import FusionCLI
+from tests.mmfusion.test_dashboard import logged, wandb_records
 
 
 @pytest.fixture
@@ -41,3 +47,66 @@ def test_a_resumed_run_appends_to_its_csv(tmp_path):
     with Path(tmp_path, "exp/1/metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["step"], row["a"], row["b"]) for row in rows] == [("1", "1.0", ""), ("2", "2.0", "3.0")]
+
+
+def run_record(folder: Path) -> Any:
+    """What the offline file in `folder` says of its run."""
+    (offline,) = (folder / "wandb").glob("offline-run-*")
+    logged(offline)  # until it is written
+    return next(record.run for record in wandb_records(offline) if record.HasField("run"))
+
+
+@pytest.mark.parametrize(
+    ("name", "mark", "group", "job_type"),
+    [
+        ("moe/1", None, "moe", "train"),
+        ("studies/paper/moe/all-1", "studies/paper/study.json", "study paper", "train"),
+        ("sweeps/fusion/trials/3", "sweeps/fusion/journal.log", "sweep fusion", "sweep"),
+    ],
+)
+def test_runs_are_filed_by_what_they_belong_to(no_key, tmp_path, name, mark, group, job_type):
+    run = tmp_path / "runs" / name
+    run.mkdir(parents=True)
+    if mark:
+        (tmp_path / "runs" / mark).touch()
+    _, logger = make_loggers(run, Wandb(tags=["mine", "fused"]), ["moe", "tiny", "fused"])
+    logger.experiment.finish()
+    record = run_record(run)
+    assert (record.run_group, record.job_type) == (group, job_type)
+    assert list(record.tags) == ["moe", "tiny", "fused", "mine"]
+    assert record.display_name == "/".join(run.parts[-2:])
+
+
+def test_a_trial_is_found_by_its_experiment():
+    files = [
+        "experiments/base.yaml",
+        "experiments/encoders/tiny.yaml",
+        "experiments/fusion_moe.yaml",
+        "other/mine.yaml",
+    ]
+    config = Namespace(config=files, experiment="trials")
+    run = SimpleNamespace(config=config, config_init=Namespace(model=Namespace(primary="fused")))
+    assert FusionCLI.tags.fget(run) == ["trials", "tiny", "fusion_moe", "fused"]
+
+
+def test_a_group_of_the_users_own_and_an_agent_of_a_sweep(no_key, tmp_path):
+    no_key.setenv("WANDB_SWEEP_ID", "s1")
+    _, logger = make_loggers(tmp_path / "runs/moe/1", Wandb(group="night"))
+    logger.experiment.finish()
+    record = run_record(tmp_path / "runs/moe/1")
+    assert (record.run_group, record.job_type) == ("night", "sweep")
+
+
+def test_an_evaluation_is_a_run_of_its_own_beside_the_trained_one(no_key, tmp_path):
+    run = tmp_path / "runs/moe/1"
+    folder = run / "eval/0123-test"
+    folder.mkdir(parents=True)
+    _, logger = make_loggers(run, Wandb())
+    log = log_of_evaluation(folder, run, Wandb(), ["moe"], {"model": {"dim": 8}})
+    log.finish()
+    record = run_record(folder)
+    assert (record.job_type, record.run_group, list(record.tags)) == ("eval", "moe", ["moe"])
+    assert record.display_name == "moe/1 0123-test"
+    assert record.run_id not in ("", logger.version)
+    assert {item.key: json.loads(item.value_json) for item in record.config.update}["model"] == {"dim": 8}
+    assert log_of_evaluation(folder, run, Wandb(mode="disabled"), [], {}) is None

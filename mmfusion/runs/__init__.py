@@ -1,0 +1,1 @@
+"""Several runs: which there are, what of them goes to W&B, and which may go."""
