@@ -25,6 +25,10 @@ GROUPS = {
     "scale": Group(r"^losses\.", 1e-2),
 }
 BATCH = 16
+OPTIONS = [  # of a run by the command line, of ten steps
+    "--data.batch_size=16", "--data.streams=4", "--data.image_size=[32, 32]", "--trainer.max_steps=10",
+    "--trainer.check_val_every_n_epoch=1", "--trainer.accelerator=cpu", "--wandb.mode=disabled",
+]  # fmt: skip
 
 
 def three_stages(first: int = 2, second: int = 5) -> dict[str, Stage]:

@@ -15,13 +15,9 @@ from mmfusion.study.progress import progress
 from mmfusion.sweep.definition import read_sweep
 from mmfusion.sweep.space import arguments
 from tests.mmfusion.sweep import actor
-from tests.small_run import small_shards
+from tests.small_run import OPTIONS, small_shards
 
 ROOT = Path(__file__).parents[3]
-OPTIONS = [
-    "--data.batch_size=16", "--data.streams=4", "--data.image_size=[32, 32]", "--trainer.max_steps=10",
-    "--trainer.check_val_every_n_epoch=1", "--trainer.accelerator=cpu", "--wandb.mode=disabled",
-]  # fmt: skip
 SWEEP = f"""
 experiment: fusion_moe
 trials: 2
