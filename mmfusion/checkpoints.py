@@ -118,6 +118,15 @@ class LastCheckpoint(ModelCheckpoint):
         self._before = 0
         self._stepped = False  # whether the batch at hand made an optimizer step, and not only gradients
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """With max_steps Lightning 2.6 ends a finished epoch again, as the first thing after a resume. It counts that
+        epoch twice then, and after some resumes max_epochs would end the run early: counted once here, again there."""
+        if trainer.max_steps == -1:
+            return
+        for count in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+            if count["processed"] == count["started"] == count["completed"] + 1:
+                count["processed"] -= 1
+
     @property
     def saved_step(self) -> int:
         """The optimizer step of the last checkpoint that this process saved; 0 before."""

@@ -56,6 +56,7 @@ def run(shards: Path, folder: Path, since: Path | None = None, **validation) -> 
     [
         ({"check_val_every_n_epoch": 3}, [(9,), (3, 12)]),
         pytest.param({"check_val_every_n_epoch": 3}, [(6, 9), (6, 7, 12), (9, 12)], marks=pytest.mark.slow),
+        ({"check_val_every_n_epoch": 3, "max_epochs": 5}, [(3, 6, 9)]),
         ({"val_check_interval": 2}, [(2,)]),
         pytest.param({"val_check_interval": 2}, [(2, 5), (3, 6), (5, 6, 11)], marks=pytest.mark.slow),
         pytest.param(
