@@ -22,7 +22,7 @@ MEMORY = re.compile(r"model\.losses\..*\.chunk|model\.(text|image|query)\.checkp
 # What came later did nothing before, as these values do: checkpoints of then lack the options and go on with these.
 BEFORE = {
     "data.hard_negatives": 0, "data.hard_from": ["judged"], "data.hard_max_gain": 0.0, "data.scores": [],
-    "data.extra_queries": 0, "model.optim.layer_decay": 1.0,
+    "data.extra_queries": 0, "model.optim.layer_decay": 1.0, "model.image.augment.scale": 1.0,
 }  # fmt: skip
 BEFORE_OF_LOSSES = {"hard_up_to": 0.0}
 

@@ -77,6 +77,7 @@ class DualImageEncoder(ImageEncoder):
         self, checkpoint: str = CLIP, *, augment: AugmentName | Augment = "none", checkpoint_activations: bool = False
     ) -> None:
         super().__init__(augment)
+        self.require_whole_size(checkpoint)
         model = load_checkpoint(checkpoint, _dual_model)
         if checkpoint_activations:
             checkpoint_transformer(model, checkpoint)

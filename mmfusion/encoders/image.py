@@ -35,6 +35,13 @@ class ImageEncoder(nn.Module, ABC):
     def compile_network(self, **options: Any) -> None:
         """Compiles the network in place, with torch.compile's options; names in the state_dict stay as they are."""
 
+    def require_whole_size(self, name: str) -> None:
+        """Raises ValueError where photos are to be smaller in training, for a network that takes one size alone."""
+        if self.augment is not None and self.augment.scale < 1:
+            raise ValueError(
+                f"augment: scale is {self.augment.scale}; {name} takes photos of one size alone: leave it out"
+            )
+
     def set_normalisation(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         """Mean and standard deviation of red, green and blue, for values 0 to 1."""
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
@@ -42,7 +49,7 @@ class ImageEncoder(nn.Module, ABC):
 
     def prepared(
         self, photo: UInt8[Tensor, "product 3 height width"], draw: Int[Tensor, "product"]
-    ) -> Float[Tensor, "product 3 height width"]:
+    ) -> Float[Tensor, "product 3 high wide"]:
         """Augmented in training mode, then normalised."""
         values = photo.to(self.mean.dtype) / 255
         if self.training and self.augment is not None:
@@ -80,6 +87,8 @@ class TimmEncoder(ImageEncoder):
         from mmfusion.encoders.timm_model import TimmFeatures  # noqa: PLC0415  (importing timm takes seconds)
 
         self.network = TimmFeatures(model, pretrained, image_size, drop_path)
+        if self.network.fixed_size is not None:
+            self.require_whole_size(model)
         if checkpoint_activations:
             checkpoint_timm(self.network.model, model)
         self.dim, self.token_dim = self.network.dim, self.network.token_dim

@@ -97,7 +97,7 @@ def test_going_on_as_another_run_is_refused(run, shards, shares, options, data, 
 # options that came later
 LATER = (
     "data.hard_", "data.extra_queries", "data.scores", "model.micro_batch", "hard_up_to", "chunk", ".more",
-    "model.ema", "model.optim.layer_decay", "checkpoint_activations",
+    "model.ema", "model.optim.layer_decay", "checkpoint_activations", "augment.scale",
 )  # fmt: skip
 
 

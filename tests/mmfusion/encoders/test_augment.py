@@ -73,21 +73,29 @@ def bilinear(photo: torch.Tensor, y: float, x: float) -> torch.Tensor:
     return upper * (1 - a) + lower * a
 
 
-def test_warp_against_a_loop_over_pixels() -> None:
+@pytest.mark.parametrize(("scale", "size"), [(1.0, (7, 5)), (0.75, (5, 4))])
+def test_warp_against_a_loop_over_pixels(scale: float, size: tuple[int, int]) -> None:
     """Each output pixel, relative to the centre, is flipped, rotated, shrunk and shifted into the source, in pixels."""
-    options = replace(NOTHING, flip=0.5, shift=0.2, zoom=0.3, rotation=30)
+    options = replace(NOTHING, flip=0.5, shift=0.2, zoom=0.3, rotation=30, scale=scale)
     photo, draw = drawn(6, 7, 5)
     actual, chance = augmented(photo, draw, options), uniforms(draw, 12, salt=1).double()
+    assert actual.shape[2:] == size
     for row in range(6):
         c = chance[row].tolist()
         flip, zoom = -1 if c[0] < 0.5 else 1, 1 + 0.3 * (2 * c[1] - 1)
         angle = 2 * math.atan((2 * c[2] - 1) * 30 * math.pi / 360)
-        for i in range(7):
-            for j in range(5):
-                y, x = i - 3.0, flip * (j - 2.0)
+        for i in range(size[0]):
+            for j in range(size[1]):
+                y, x = (i + 0.5) * 7 / size[0] - 3.5, flip * ((j + 0.5) * 5 / size[1] - 2.5)
                 x, y = math.cos(angle) * x - math.sin(angle) * y, math.sin(angle) * x + math.cos(angle) * y
                 x, y = x / zoom + 0.2 * (2 * c[3] - 1) * 5, y / zoom + 0.2 * (2 * c[4] - 1) * 7
                 torch.testing.assert_close(actual[row, :, i, j], bilinear(photo[row], y + 3, x + 2), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [0.4, 1.1])
+def test_scales_that_leave_pixels_out_or_make_them_up_are_refused(scale: float) -> None:
+    with pytest.raises(ValueError, match=rf"scale is {scale}; expected 0\.5 to 1"):
+        Augment(scale=scale)
 
 
 def test_colours_by_hand() -> None:

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch.nn.functional import normalize
 
-from mmfusion.encoders import DualImageEncoder, DualTextEncoder
+from mmfusion.encoders import Augment, DualImageEncoder, DualTextEncoder
 
 TEXTS = ["a red shirt", "", "striped " * 9]
 TEXT = {
@@ -152,6 +152,11 @@ def test_photos_of_another_size_are_resized(folder: Path) -> None:
     grey = torch.full((3, 3, 80, 60), 130, dtype=torch.uint8)
     torch.testing.assert_close(encoder(grey, DRAW).pooled, encoder(grey[:, :, :32, :32], DRAW).pooled)
     assert encoder(photos(80, 60), DRAW).pooled.isfinite().all()
+
+
+def test_smaller_photos_in_training_are_refused(clip: Path) -> None:
+    with pytest.raises(ValueError, match=r"scale is 0\.8; .* takes photos of one size alone"):
+        DualImageEncoder(str(clip), augment=Augment(scale=0.8))
 
 
 def test_every_parameter_gets_a_gradient(folder: Path) -> None:

@@ -120,6 +120,8 @@ def test_wrong_options(options: dict, message: str) -> None:
 
 
 def test_photos_of_another_size_than_the_model_was_made_for() -> None:
+    with pytest.raises(ValueError, match=r"scale is 0\.8; vit_tiny_patch16_224 takes photos of one size alone"):
+        TimmEncoder("vit_tiny_patch16_224", image_size=(32, 48), augment=Augment(scale=0.8))
     encoder = TimmEncoder("vit_tiny_patch16_224", image_size=(32, 48))
     with pytest.raises(ValueError, match=r"\(32, 48\) .* received \(80, 64\); set data.image_size to \[32, 48\]"):
         encoder(photos(80, 64), DRAW)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmfusion.encoders import ScratchImageEncoder
+from mmfusion.encoders import Augment, ScratchImageEncoder
 from mmfusion.encoders.scratch_image import ResidualBlock
 
 
@@ -20,6 +20,12 @@ def test_tokens_are_what_is_pooled_at_any_size(size: tuple[int, int], places: in
     assert encoded.tokens.shape == (2, places, encoder.token_dim) == (2, places, encoder.dim)
     torch.testing.assert_close(encoded.pooled, encoded.tokens.mean(1), atol=1e-5, rtol=1e-4)
     assert encoded.mask.all()
+
+
+def test_photos_are_smaller_in_training_alone() -> None:
+    encoder = ScratchImageEncoder(augment=Augment(scale=0.5))
+    sizes = [encoder.train(training)(photos(2, 64, 32), torch.arange(2)).tokens.shape[1] for training in (True, False)]
+    assert sizes == [2 * 1, 4 * 2]
 
 
 def test_stages_have_the_channels_and_blocks_that_are_asked_for() -> None:
