@@ -67,15 +67,22 @@ class WholeFiles(TorchCheckpointIO):
         """Raises ValueError for a file that is damaged, and FileNotFoundError for none."""
         place = Path(path)
         if place.is_file() and (what := damage(place)):
-            others = sorted(place.parent.glob("*.ckpt"))
-            whole = [str(other) for other in others if other != place and not damage(other)]
-            raise ValueError(
-                f"{place} is damaged: {what}. "
-                + (f"Whole are {', '.join(whole)}" if whole else f"No other checkpoint in {place.parent} is whole")
-                + "; RESUME=auto goes on from the newest that is"
-            )
+            raise ValueError(f"{place} is damaged: {what}. {_what_helps(place)}")
         self._whole.add(place.resolve())
         return super().load_checkpoint(path, *args, **kwargs)
+
+
+def _what_helps(place: Path) -> str:
+    """Against a checkpoint that is damaged."""
+    whole = [str(other) for other in sorted(place.parent.glob("*.ckpt")) if other != place and not damage(other)]
+    if not whole:
+        return f"No other checkpoint in {place.parent} is whole: train the run again"
+    said = f"Whole are {', '.join(whole)}; "
+    if place.name in (LAST, BEFORE):
+        return said + "RESUME=auto goes on from the newest that is"
+    if place.name == BEST:
+        return said + f"move {BEST} away, and make eval and RESUME=auto take {LAST}, the weights of the last step"
+    return said + f"{place.name} is made anew by training the run again alone"
 
 
 def _rename_over(place: Path, former: Path) -> None:

@@ -12,17 +12,13 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from mmfusion.guards.error import GuardError
 from mmfusion.preemption import NOTICE, Preempted
 
 if TYPE_CHECKING:
     from mmfusion.batch import RetrievalData
-    from mmfusion.study.definition import Study
-    from mmfusion.sweep.definition import Sweep
-
-Definition = TypeVar("Definition", bound="Study | Sweep")
 
 EXPERIMENTS = Path("experiments")
 DEMO = Path("data/demo")
@@ -378,7 +374,7 @@ def study(argv: list[str]) -> None:
     from mmfusion.study.runner import run_and_report  # noqa: PLC0415
 
     definition = read_study(_named(EXPERIMENTS / "studies", options.study, "STUDY"))
-    definition = _with_encoders(definition, options.encoders)
+    definition = dataclasses.replace(definition, **_encoders(options.encoders))
     folder, side_by_side = Path("runs/studies") / definition.name, _count("JOBS", options.jobs)
     before = recorded(folder) if options.report_only else {}
     shards = options.data or before.get("data") or str(DEMO)
@@ -411,7 +407,7 @@ def sweep(argv: list[str]) -> None:
     from mmfusion.sweep.trials import plan_of  # noqa: PLC0415
 
     definition = read_sweep(_named(EXPERIMENTS / "sweeps", options.sweep, "SWEEP"))
-    definition = _with_encoders(definition, options.encoders)
+    definition = dataclasses.replace(definition, **_encoders(options.encoders))
     if options.trials:
         definition = dataclasses.replace(definition, trials=_count("TRIALS", options.trials))
     side_by_side, seeds = _count("JOBS", options.jobs), 0 if options.seeds == "0" else _count("SEEDS", options.seeds)
@@ -469,12 +465,12 @@ def clean_runs(argv: list[str]) -> None:
     clean.clean_runs(Path(options.runs), order, options.yes)
 
 
-def _with_encoders(definition: Definition, encoders: str | None) -> Definition:
-    """The study or sweep with another encoders overlay, where one is given. Raises FileNotFoundError for none."""
-    if not encoders:
-        return definition
-    _named(EXPERIMENTS / "encoders", encoders, "ENCODERS")
-    return dataclasses.replace(definition, encoders=encoders)
+def _encoders(given: str | None) -> dict[str, Any]:
+    """What replaces a study's or sweep's own overlay. Raises FileNotFoundError where there is no such file."""
+    if not given:
+        return {}
+    _named(EXPERIMENTS / "encoders", given, "ENCODERS")
+    return {"encoders": given}
 
 
 def _seeds(given: str) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from typing import Any
 
 HEARD = (signal.SIGTERM, signal.SIGUSR1)  # of what ranks heard, the last in this list counts
 SAME = 3.0  # seconds
+ALONE = 30.0  # seconds after which a rank that leaves at once knows that rank 0 was not told to
 GO_ON = 75  # exit code: EX_TEMPFAIL of sysexits.h
 QUEUE_AGAIN = 76  # that and: the job's script is to do so (experiments/clusters/slurm.sbatch)
 PARENT = "MMFUSION_PARENT"  # for the ranks that Lightning starts: the process that did
@@ -27,7 +28,7 @@ class Preempted(SystemExit):
 
     The code is GO_ON, or QUEUE_AGAIN. Where a launcher kills what is left as soon as one process ends with a code
     (srun, Lightning's own), that is rank 0's alone, and the others end with 0: rank 0 still has to say where the run
-    stands.
+    stands. Under srun a rank that was told alone has a code, after ALONE seconds: nobody else would end the job.
     """
 
     status = "preempted"
@@ -53,13 +54,14 @@ class Notice:
         self.children: Sequence[subprocess.Popen[Any]] = ()
         self._since = 0.0  # of the clock time.monotonic
         self._leaves = False
+        self._at_once = False
         self._pid = os.getpid()
 
     @contextmanager
     def caught(self, run: Path) -> Iterator[None]:
         """Hears signals, for the run in that folder. Says how a run that was preempted goes on, and queues it again
         where its time was up."""
-        self.asked, self.held, self._leaves, self._pid = None, False, False, os.getpid()
+        self.asked, self.held, self._leaves, self._at_once, self._pid = None, False, False, False, os.getpid()
         former = {number: signal.signal(number, self._receive) for number in HEARD}
         if not _is_child():
             os.environ[PARENT] = str(self._pid)
@@ -71,6 +73,8 @@ class Notice:
                 signal.signal(number, signal.SIG_IGN)
             if _rank() == 0:
                 self._say(error, run)
+            elif self._at_once and _in_slurm() and os.environ["SLURM_PROCID"] != "0":  # else it is the shell's
+                self._await_the_first(error)
             raise
         finally:
             for number, handler in former.items():
@@ -84,6 +88,17 @@ class Notice:
 
             leave_wandb(GO_ON)
         print(f"{error}. {_kept(run)} {self._queued_again(error, run)}", file=sys.stderr, flush=True)
+
+    def _await_the_first(self, error: Preempted) -> None:
+        """Rank 0, if it was told too, ends meanwhile, and srun ends this process: by SIGTERM, or without a word."""
+        ended: list[int] = []
+        signal.signal(signal.SIGTERM, lambda number, _: ended.append(number))
+        until = time.monotonic() + ALONE
+        while not ended and time.monotonic() < until:
+            time.sleep(0.1)
+        if not ended:
+            error.code = QUEUE_AGAIN if self.asked == signal.SIGUSR1 else GO_ON
+            print(f"{error}, on rank {_rank()} alone", file=sys.stderr, flush=True)
 
     def leave(self, how: str) -> Preempted:
         """To be raised. how: what became of the step at hand."""
@@ -102,6 +117,7 @@ class Notice:
         if not self._leaves and (again or (first and not self.held)):
             for child in self.children:
                 child.send_signal(number)
+            self._at_once = True
             raise self.leave("the run stopped at once")
 
     def _queued_again(self, error: Preempted, run: Path) -> str:

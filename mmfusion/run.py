@@ -37,7 +37,7 @@ from mmfusion.save_and_leave import SaveAndLeave
 from mmfusion.speed.callback import Speed
 from mmfusion.stages import StageSwitch
 from mmfusion.state import KeepState
-from mmfusion.strategy import check_strategy
+from mmfusion.strategy import check_restarts, check_strategy
 
 # Options of Lightning's trainer that a run of this project decides itself.
 DECIDED = {
@@ -158,6 +158,7 @@ class FusionCLI(LightningCLI):
                 "steps are lost (a temperature's first of all): bf16-mixed computes in 16 bits and holds them in 32"
             )
         check_strategy(self.config.trainer.strategy)
+        check_restarts()
         callbacks: list[Callback] = [StageSwitch()]
         if self.run_folder is not None:
             callbacks.append(Speed(self.run_folder))

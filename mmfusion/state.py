@@ -19,8 +19,11 @@ from mmfusion.checkpoints import BestCheckpoint
 from mmfusion.environment import commit
 
 STATE = "state.json"
+CLAIM = "state.json.claim"  # is there while a process takes a run
 BEAT = 30.0  # seconds
 LOST = 120.0  # seconds of silence after which a run that says that it runs does not
+REACHED = ("stage", "step", "steps", "best")
+TAKING = 10.0  # seconds that a process has for it; then it was killed over it
 Status = Literal["running", "preempted", "stopped", "failed", "done"]
 
 
@@ -30,7 +33,7 @@ class RunState:
 
     stage: None before the first. step: optimizer steps made, of `steps` (0 before training). best: the best validation
     in the last stage. started: when this process began to train; updated: when this was written; both in seconds since
-    1970. host, pid: of rank 0. job: of the cluster. message: why it failed, in a line.
+    1970. host, pid: of rank 0. job: of the cluster. message: why it failed, in a line. process: rank 0's `mark`.
     """
 
     status: Status
@@ -45,12 +48,24 @@ class RunState:
     job: str | None
     commit: str | None
     message: str | None
+    process: str | None = None
+
+    @property
+    def is_near(self) -> bool:
+        """Whether this process would see the one that writes the run."""
+        here, there = ((process or "").rpartition(" ")[0] for process in (mark(os.getpid()), self.process))
+        return here == there != ""
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this process writes the run."""
+        return (self.host, self.pid, self.process) == (socket.gethostname(), os.getpid(), mark(os.getpid()))
 
     def seen(self, now: float) -> str:
         """The status as one sees it: `lost` where a run that says that it runs is silent, or its process is gone."""
         if self.status != "running":
             return self.status
-        gone = self.host == socket.gethostname() and not _is_alive(self.pid, self.updated)
+        gone = self.is_near and mark(self.pid) != self.process
         return "lost" if gone or now - self.updated > LOST else "running"
 
     def write(self, run: Path) -> None:
@@ -64,8 +79,8 @@ def read_state(run: Path) -> RunState | None:
     """None where the run is of a version before, or the file cannot be read."""
     try:
         content = json.loads((run / STATE).read_text(encoding="utf-8"))
-        return RunState(**{field.name: content[field.name] for field in fields(RunState)})
-    except (OSError, ValueError, KeyError, TypeError):
+        return RunState(**{field.name: content[field.name] for field in fields(RunState) if field.name in content})
+    except (OSError, ValueError, TypeError):
         return None
 
 
@@ -75,42 +90,56 @@ def own_job() -> str | None:
     return None if job == "none" else job  # torchrun's where it was given none
 
 
-def _is_alive(pid: int, since: float) -> bool:
-    """Whether the process that had this number at `since`, in seconds since 1970, is still there."""
+def mark(pid: int) -> str | None:
+    """What no other process ever has; None of one that has ended, and on systems without /proc.
+
+    The machine's start and the container's list of processes (two may share a host's name, and number alike), and when
+    it began, in ticks since the machine did.
+    """
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another's
-        pass
-    try:
-        status, *_, ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:20]
-    except OSError:  # no /proc on this system
-        return True
-    booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-    began = booted + int(ticks) / os.sysconf("SC_CLK_TCK")  # containers that restart give the same numbers again
-    return status != "Z" and began <= since + 1
+        boot, listed = Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.stat("/proc/self/ns/pid").st_ino
+        status, *_, began = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:20]
+    except OSError:
+        return None
+    return None if status == "Z" else f"{boot} {listed} {began}"
 
 
 class KeepState(Checkpoint):
     """Writes state.json while a run trains and is evaluated, until `end`: at changes and, by a thread, every BEAT.
 
     A checkpoint's callback by its base, for those come last: what it tells of a validation has the new best in it.
-    It begins once training does: a start that is refused leaves a run as it was. Raises ValueError, on all
-    ranks, where another process writes the run by then.
+    A run that is there is taken before training begins, and left as it was where the start is refused after that.
+    Raises ValueError, on all ranks, where another process writes it by then.
     """
 
     def __init__(self, run: Path) -> None:
         self.run = run
         self._state: RunState | None = None  # on rank 0
+        self._former: RunState | None = None  # of a run that was taken, until training begins
         self._failed = False
         self._ended = threading.Event()
         self._one = threading.Lock()  # one thread writes at a time
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        refusal = trainer.strategy.broadcast(written_by_another(self.run) if trainer.is_global_zero else None)
+        refusal = trainer.strategy.broadcast(self._take(trainer) if trainer.is_global_zero else None)
         if refusal is not None:
             raise ValueError(refusal)
+
+    def _take(self, trainer: Trainer) -> str | None:
+        """Why this process must not write the run; else it is this one's. A new run is nobody else's."""
+        if self._state is not None or not any((self.run / name).is_file() for name in ("config.yaml", STATE)):
+            return None
+        made_by = commit()
+        try:
+            with _alone(self.run):
+                refusal = written_by_another(self.run)
+                if refusal is None:
+                    self._former = former = read_state(self.run)
+                    self._begin(trainer, made_by)
+                    self._write(**{name: getattr(former, name) for name in REACHED} if former else {})
+        except OSError as error:
+            return f"{self.run} cannot be written: {error}"
+        return refusal
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._keep(trainer)
@@ -155,22 +184,27 @@ class KeepState(Checkpoint):
         """The last word; nothing where the run has not begun, or has ended."""
         if self._state is not None and not self._ended.is_set():
             self._ended.set()
-            self._write(status=status, message=message)
+            if self._former is None:
+                self._write(status=status, message=message)
+            else:
+                self._put(self._former)
 
     def _keep(self, trainer: Trainer) -> None:
+        self._former = None
         if self._state is None and trainer.is_global_zero:
-            self._begin(trainer)
+            self._begin(trainer, commit())
         if self._state is not None and not self._ended.is_set():
             best = next(part for part in trainer.checkpoint_callbacks if isinstance(part, BestCheckpoint))
             score = best.best_model_score
             self._write(best=None if score is None else float(score))
 
-    def _begin(self, trainer: Trainer) -> None:
+    def _begin(self, trainer: Trainer, made_by: str | None) -> None:
         self.run.mkdir(parents=True, exist_ok=True)
-        self._trainer, now = trainer, time.time()
+        self._trainer, now, process = trainer, time.time(), os.getpid()
         self._state = RunState(
-            "running", None, 0, 0, None, now, now, socket.gethostname(), os.getpid(), own_job(), commit(), None
-        )
+            "running", None, 0, 0, None, now, now, socket.gethostname(), process, own_job(), made_by, None,
+            mark(process),
+        )  # fmt: skip
         threading.Thread(target=self._beat, name="state.json", daemon=True).start()
 
     def _beat(self) -> None:
@@ -178,27 +212,52 @@ class KeepState(Checkpoint):
             self._write()
 
     def _write(self, **changes: Any) -> None:
-        """Neither a full disk nor a folder that was removed stops a run for its state: it is said once."""
         with self._one:
             assert self._state is not None
             if self._ended.is_set() and "status" not in changes:  # the thread was waiting for `end`
                 return
-            plan = getattr(self._trainer.lightning_module, "stage_plan", None)
-            self._state = replace(
-                self._state, stage=_stage(self._trainer), step=self._trainer.global_step,
-                steps=plan.ends[-1] if plan else 0, updated=time.time(), **changes,
-            )  # fmt: skip
-            try:
-                self._state.write(self.run)
-            except OSError as error:
-                if not self._failed:
-                    print(f"{self.run / STATE} cannot be written: {error}. The run goes on", file=sys.stderr)
-                self._failed = True
+            if self._former is None:
+                plan = getattr(self._trainer.lightning_module, "stage_plan", None)
+                changes |= {"stage": _stage(self._trainer), "step": self._trainer.global_step}
+                changes |= {"steps": plan.ends[-1] if plan else 0}
+            self._state = replace(self._state, updated=time.time(), **changes)
+            self._put(self._state)
+
+    def _put(self, state: RunState) -> None:
+        """Neither a full disk nor a folder that was removed stops a run for its state: it is said once."""
+        try:
+            state.write(self.run)
+        except OSError as error:
+            if not self._failed:
+                print(f"{self.run / STATE} cannot be written: {error}. The run goes on", file=sys.stderr)
+            self._failed = True
 
 
 def _stage(trainer: Trainer) -> str | None:
     plan = getattr(trainer.lightning_module, "stage_plan", None)
     return plan.names[plan.index(trainer.global_step)] if plan else None
+
+
+@contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """One process at a time, by a file that it makes: no file system, of several machines either, makes one twice.
+
+    What a killed process left is taken away after TAKING seconds.
+    """
+    claim, patience = run / CLAIM, time.monotonic() + TAKING
+    while True:
+        try:
+            claim.touch(exist_ok=False)
+            break
+        except FileExistsError:
+            time.sleep(0.05)
+        if time.monotonic() > patience:
+            claim.unlink(missing_ok=True)
+            patience += TAKING
+    try:
+        yield
+    finally:
+        claim.unlink(missing_ok=True)
 
 
 def written_by_another(run: Path) -> str | None:
@@ -207,15 +266,15 @@ def written_by_another(run: Path) -> str | None:
     Its own job's run is no other's, unless the process that writes it is there to see: a job that was requeued or
     restarted finds what it said last before.
     """
-    state, here = read_state(run), socket.gethostname()
-    if state is None or state.seen(time.time()) != "running" or (state.host, state.pid) == (here, os.getpid()):
+    state = read_state(run)
+    if state is None or state.seen(time.time()) != "running" or state.is_own:
         return None
-    if state.job is not None and state.job == own_job() and state.host != here:
+    if state.job is not None and state.job == own_job() and not state.is_near:
         return None
     ago = max(0, round(time.time() - state.updated))
     return (
         f"{run} is being written: by process {state.pid} on {state.host}"
         + (f", job {state.job}" if state.job else "")
-        + f", {ago} s ago at step {state.step}. Wait for it, or stop it; a run that was killed on another machine "
-        f"is known to be {LOST:.0f} s after it was last heard of. A new run needs no RESUME"
+        + f", {ago} s ago at step {state.step}. Wait for it, or stop it; a run that was killed on another machine, or "
+        f"in another container, is known to be {LOST:.0f} s after it was last heard of. A new run needs no RESUME"
     )

@@ -58,9 +58,10 @@ def submit(job: Job, template: Path) -> None:
     now = datetime.now(UTC)
     place = job.runs / "submitted" / f"{now:%Y%m%d-%H%M%S-%f}.sbatch"
     command, secrets = _without_secrets(job.command)
+    log = place.with_suffix(".log").resolve()
     values = asdict(job.cluster) | {
-        "experiment": job.runs.name, "date": f"{now:%Y-%m-%d %H:%M} UTC", "nodes": job.nodes, "gpus": job.gpus,
-        "log": place.with_suffix(".log").resolve(), "project": shlex.quote(str(Path.cwd())),
+        "experiment": _for_sbatch(job.runs.name), "date": f"{now:%Y-%m-%d %H:%M} UTC", "nodes": job.nodes,
+        "gpus": job.gpus, "log": _for_sbatch(str(log).replace("%", "%%")), "project": shlex.quote(str(Path.cwd())),
         "runs": shlex.quote(str(job.runs)), "resume": shlex.join(job.resume), "command": command,
     }  # fmt: skip
     text = filled(template.read_text(encoding="utf-8"), values, template)
@@ -68,7 +69,7 @@ def submit(job: Job, template: Path) -> None:
     place.write_text(text, encoding="utf-8")
     if shutil.which("sbatch") is None:
         wants = f", with {' and '.join(secrets)} set to what may not be written there" if secrets else ""
-        print(f"{text}\nsbatch is not on this machine. On the login node: sbatch {place}{wants}")
+        print(f"{text}\nsbatch is not on this machine. On the login node: sbatch {shlex.quote(str(place))}{wants}")
         return
     done = subprocess.run(
         ["sbatch", str(place)], env=os.environ | secrets, capture_output=True, text=True, check=False
@@ -77,7 +78,7 @@ def submit(job: Job, template: Path) -> None:
         raise ValueError(
             f"sbatch refuses {place}: {done.stderr.strip()}. Options are in {template.with_suffix('.yaml')}"
         )
-    print(f"{done.stdout.strip()}: {place}\nlog: {values['log']}\nrun: {job.runs}/job-<number>")
+    print(f"{done.stdout.strip()}: {place}\nlog: {log}\nrun: {job.runs}/job-<number>")
 
 
 def filled(template: str, values: dict[str, Any], path: Path) -> str:
@@ -94,6 +95,11 @@ def filled(template: str, values: dict[str, Any], path: Path) -> str:
             if all(of[name] is not None for name in names):
                 lines.append(VALUE.sub(lambda match, of=of: str(of[match[1]]), line))  # type: ignore[misc]
     return "\n".join(lines) + "\n"
+
+
+def _for_sbatch(word: str) -> str:
+    """As sbatch takes it from its lines: there a backslash keeps any character from ending or quoting a word."""
+    return re.sub(r"([\s\"'#\\])", r"\\\1", word)
 
 
 def _without_secrets(arguments: Sequence[str]) -> tuple[str, dict[str, str]]:

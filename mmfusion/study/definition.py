@@ -181,7 +181,7 @@ def unfit(option: str) -> str | None:
     """Why an option cannot be given to the runs of a study; None where it can."""
     name, equals, _ = option.partition("=")
     if name.rstrip("+") in DECIDED:
-        return "that is the study's to give, leave it out"
+        return "the command gives that to each run, leave it out"
     return None if name.startswith("--") and equals else 'expected "--dotted.option=value"'
 
 

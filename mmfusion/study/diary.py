@@ -46,7 +46,7 @@ def recorded(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(
             f"{error}: it holds what the runs beside it were made by, and they are whole. Restore it from a copy, or "
-            f"move {folder} away whole and keep it: the study begins anew in its place"
+            f"move {folder} away whole and keep it: all begins anew in its place"
         ) from None
 
 

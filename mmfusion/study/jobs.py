@@ -29,7 +29,8 @@ class Plan:
     """What a study is asked to do.
 
     folder: of its runs. more: options of all arms, from the command line. program: what trains, given its options.
-    parse: raises ValueError for options that it would refuse. recorded: the hash of the data where they are not here.
+    parse: gives them resolved, and raises ValueError for those that it would refuse. recorded: the hash of the data
+    where they are not here.
 
     Raises ValueError for options that are the study's own to give.
     """
@@ -40,7 +41,7 @@ class Plan:
     seeds: tuple[int, ...]
     more: tuple[str, ...] = ()
     program: tuple[str, ...] = (sys.executable, "-m", "mmfusion.cli", "train")
-    parse: Callable[[Sequence[str]], None] = parse
+    parse: Callable[[Sequence[str]], Any] = parse
     recorded: str | None = None
 
     def __post_init__(self) -> None:
@@ -97,7 +98,7 @@ class Plan:
         for path in paths.values():
             if not path.is_file():
                 there = ", ".join(sorted(other.stem for other in path.parent.glob("*.yaml")))
-                raise FileNotFoundError(f"study {self.study.name}, arm {arm}: there is no {path}, only {there}")
+                raise FileNotFoundError(f"{self.study.name}, {arm}: there is no {path}, only {there}")
         return {name: yaml.safe_load(path.read_text(encoding="utf-8")) or {} for name, path in paths.items()}
 
 

@@ -2,10 +2,16 @@
 
 from argparse import ArgumentError
 from collections.abc import Sequence
+from typing import Any
+
+import yaml
 
 
-def parse(arguments: Sequence[str]) -> None:
-    """Of `mmfusion train`; nothing is built. Raises ValueError or FileNotFoundError for what training would refuse."""
+def parse(arguments: Sequence[str]) -> dict[str, Any]:
+    """Of `mmfusion train`, resolved as in a config.yaml; nothing is built.
+
+    Raises ValueError or FileNotFoundError for what training would refuse.
+    """
     from mmfusion.cli import fit_arguments  # noqa: PLC0415
     from mmfusion.run import FusionCLI  # noqa: PLC0415  (seconds, and only what is not done yet needs it)
 
@@ -17,6 +23,7 @@ def parse(arguments: Sequence[str]) -> None:
             pass
 
     try:
-        Options.parse(fit_arguments(arguments)[0], None)
+        cli = Options.parse(fit_arguments(arguments)[0], None)
     except ArgumentError as error:
         raise ValueError(str(error).removeprefix("argument None: ")) from error
+    return dict(yaml.safe_load(cli.parser.dump(cli.config, skip_unset=False)))

@@ -41,7 +41,7 @@ class Queue:
         done = len(self.jobs) - len(self.waiting)
         study = self.jobs[0].plan.study.name
         logs = self.jobs[0].plan.folder / LOGS
-        self.say(f"study {study}: {len(self.jobs)} runs, {done} done, {self.slots} at a time; logs in {logs}")
+        self.say(f"{study}: {len(self.jobs)} runs, {done} done, {self.slots} at a time; logs in {logs}")
         for job in self.jobs:
             if job not in self.waiting:
                 self.diary.cost(job)

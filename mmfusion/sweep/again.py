@@ -5,8 +5,11 @@ They are the two arms of a study, which shares their stages, goes on where it wa
 """
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from mmfusion.study.definition import EVERYTHING, Arm, Claim, Study
+from mmfusion.study.diary import read_json
 from mmfusion.study.jobs import Plan
 from mmfusion.sweep.definition import Sweep
 from mmfusion.sweep.space import Setting, arguments
@@ -16,7 +19,7 @@ FOLDER, DEFAULT = "seeds", "default"
 
 def again(sweep: Sweep, plan: Plan, number: int, setting: Setting, seeds: int) -> Plan:
     """A study of two arms in <sweep>/seeds. number, setting: of the best trial."""
-    best = f"trial-{number}"
+    best = _arm(number)
     arms = {
         DEFAULT: Arm(sweep.experiment, prefix=sweep.prefix),
         best: Arm(sweep.experiment, arguments(sweep.parameters, setting), prefix=sweep.prefix),
@@ -32,3 +35,14 @@ def again(sweep: Sweep, plan: Plan, number: int, setting: Setting, seeds: int) -
 def fresh(used: int, count: int) -> tuple[int, ...]:
     """The seeds after the one of the trials."""
     return tuple(range(used + 1, used + 1 + count))
+
+
+def held(folder: Path, number: int) -> dict[str, Any]:
+    """The report of that study in the sweep's folder; {} where there is none, or of another trial."""
+    report = read_json(folder / FOLDER / "report.json")
+    arms = [row["arm"] for row in report.get("variants", {}).get(EVERYTHING, [])]
+    return report if _arm(number) in arms else {}
+
+
+def _arm(number: int) -> str:
+    return f"trial-{number}"

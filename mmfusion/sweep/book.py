@@ -25,14 +25,14 @@ NOTHING = "there is no sweep in {folder} yet: leave --report-only out"
 class Book:
     """All trials of a sweep. What is written is written while `alone`."""
 
-    def __init__(self, sweep: Sweep, folder: Path, definition: Mapping[str, Any] | None) -> None:
-        """definition: of `trials.definition`; None to read alone.
+    def __init__(self, sweep: Sweep, folder: Path, definition: Mapping[str, Any], reads: bool = False) -> None:
+        """definition: of `trials.definition`; where the command reads alone, of `trials.reported`.
 
         Raises ValueError where the trials in the folder are of another definition, and for nothing to read.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.sweep, self.folder = sweep, folder
-        if definition is None and not (folder / JOURNAL).is_file():
+        if reads and not (folder / JOURNAL).is_file():
             raise ValueError(NOTHING.format(folder=folder))
         folder.mkdir(parents=True, exist_ok=True)
         with self.alone():
@@ -42,16 +42,17 @@ class Book:
                 pruner=optuna.pruners.MedianPruner() if sweep.pruner == "median" else optuna.pruners.NopPruner(),
             )  # fmt: skip
             recorded = self.study.user_attrs.get(DEFINITION)
-            if recorded is None and definition is None:  # a command was killed before the first trial
+            if recorded is None and reads:  # a command was killed before the first trial
                 raise ValueError(NOTHING.format(folder=folder))
             if recorded is None:
-                self.study.set_user_attr(DEFINITION, dict(definition or {}))
-            elif definition is not None:
+                self.study.set_user_attr(DEFINITION, dict(definition))
+            else:
                 self._refuse_change(recorded, definition)
 
     def _refuse_change(self, recorded: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+        told = {key.partition(".")[0] for key in ours}
         keys = sorted(key for key in recorded.keys() | ours.keys() if recorded.get(key) != ours.get(key))
-        if keys:
+        if keys := [key for key in keys if key.partition(".")[0] in told]:
             lines = [f"  {key} was {recorded.get(key)}, is {ours.get(key)}" for key in keys[:8]]
             raise ValueError(
                 f"the trials in {self.folder} are of another definition or on other data:\n" + "\n".join(lines)
@@ -77,8 +78,10 @@ class Book:
         begun: the one that a command left behind, perhaps with a part of its values; None: a new one.
         """
         seed = 1000 * self.sweep.seed + (len(self.trials()) if begun is None else begun.number)
-        samplers: dict[str, type[BaseSampler]] = {"tpe": TPESampler, "random": RandomSampler}
-        self.study.sampler = samplers[self.sweep.sampler](seed=seed)  # type: ignore[call-arg]
+        samplers: dict[str, BaseSampler] = {  # constant_liar: trials that run side by side are not drawn close together
+            "tpe": TPESampler(seed=seed, constant_liar=True), "random": RandomSampler(seed),
+        }  # fmt: skip
+        self.study.sampler = samplers[self.sweep.sampler]
         trial = self.study.ask() if begun is None else optuna.Trial(self.study, begun._trial_id)
         walked(self.sweep.parameters, lambda parameter: parameter.suggested(trial))
         return trial

@@ -8,7 +8,7 @@ from mmfusion.study.processes import Child, is_alive, start, stop
 from mmfusion.study.signals import Signals
 from mmfusion.study.slots import environment
 from mmfusion.sweep.book import Book
-from mmfusion.sweep.queue import PAUSE, say
+from mmfusion.sweep.queue import LEFT, PAUSE, say
 
 
 def trained(job: Job, stage: str, book: Book, signals: Signals) -> Path | None:
@@ -19,6 +19,8 @@ def trained(job: Job, stage: str, book: Book, signals: Signals) -> Path | None:
     checkpoint, child, told = job.stage_checkpoint(stage), None, False
     try:
         while not checkpoint.is_file() and not signals.asked:
+            if child is not None and child.process.poll() in LEFT:
+                child = None  # it had to leave, and is begun again
             if child is not None and child.process.poll() is not None:
                 last = "\n".join(f"    {line}" for line in child.tail())
                 raise ValueError(f"the stages that all trials share cannot be trained ({job.log}):\n{last}")

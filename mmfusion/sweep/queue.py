@@ -1,6 +1,6 @@
 """A sweep's trials as processes, so many at a time: begun, watched, pruned; and what became of them, told to Optuna."""
 
-import math
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -11,9 +11,10 @@ from typing import IO
 from optuna.trial import FrozenTrial, TrialState
 from optuna.trial import Trial as Asked
 
+from mmfusion.preemption import GO_ON, QUEUE_AGAIN
 from mmfusion.retrieval.html.numbers import interval, number
 from mmfusion.study.jobs import Plan
-from mmfusion.study.processes import END, Child, lock, start, stop
+from mmfusion.study.processes import END, Child, is_alive, lock, start, stop
 from mmfusion.study.progress import progress
 from mmfusion.study.queue import GOES_ON
 from mmfusion.study.signals import Signals
@@ -24,6 +25,7 @@ from mmfusion.sweep.trials import Trial
 
 PAUSE = 0.3  # seconds between two looks at what runs
 TELL = 60.0  # seconds between two lines that say how far it is
+LEFT = (GO_ON, QUEUE_AGAIN, -signal.SIGTERM)  # how a run ends that had to leave, and can be gone on with
 WHY, MINUTES = "why", "minutes"  # what the book holds of a trial besides its values
 
 
@@ -117,7 +119,9 @@ class Queue:
     def collect(self) -> None:
         for one in list(self.running.values()):
             rc = one.child.process.poll()
-            if rc is not None:
+            if rc in LEFT and one.job.state() != "done":
+                self.put_back(one)
+            elif rc is not None:
                 self.end(one, f"exit code {rc}")
             elif self.is_behind(one):
                 stop([one.child], lambda: bool(self.signals.asked))
@@ -136,6 +140,13 @@ class Queue:
                 one.asked.report(value, step)
             return bool(one.asked.should_prune())
 
+    def put_back(self, one: Running) -> None:
+        """A trial that had to leave stays as it is, and is the next one to begin once all that it started is gone."""
+        stop([one.child], lambda: True)
+        if not is_alive(one.job.log):
+            say(f"trial {one.job.number} had to leave (exit code {one.child.process.returncode}): it goes on")
+            self.running.pop(one.job.number).kept.close()
+
     def end(self, one: Running, failed: str | None) -> None:
         """failed: how, where its results are not there; None: it was stopped by the pruner."""
         why = None if failed is None else [failed, *one.child.tail()]
@@ -152,7 +163,7 @@ class Queue:
         if job.state() == "done":
             try:
                 cell = job.measured()
-                study.tell(asked.number, cell["value"] if cell["value"] is not None else math.nan)
+                study.tell(asked.number, cell["value"])
                 say(f"trial {job.number} is done{took}: {number(cell['value'])} {interval(cell)}; {self.left()}")
                 return
             except ValueError as error:  # no such metric, or no number

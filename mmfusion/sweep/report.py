@@ -20,9 +20,9 @@ from mmfusion.retrieval.html.numbers import interval, number
 from mmfusion.retrieval.html.page import render, write_page
 from mmfusion.retrieval.html.report import placed
 from mmfusion.retrieval.report import write_results
-from mmfusion.study.diary import read_json
 from mmfusion.study.jobs import Plan
 from mmfusion.sweep.again import FOLDER as AGAIN
+from mmfusion.sweep.again import held
 from mmfusion.sweep.best import write_best
 from mmfusion.sweep.book import DEFINITION, Book
 from mmfusion.sweep.queue import MINUTES, WHY, described
@@ -55,9 +55,9 @@ def told(book: Book, plan: Plan) -> dict[str, Any]:
     rows = [_row(trial, Trial.of(plan, book.sweep, trial.number, trial.params)) for trial in book.trials()]
     order = {state.name: place for place, state in enumerate((TrialState.COMPLETE, TrialState.PRUNED))}
     rows.sort(key=lambda row: (order.get(row["state"], 2), -(row["value"] or 0.0), row["trial"]))
-    held = read_json(book.folder / AGAIN / "report.json")
-    experiment = None
+    experiment, verdict = None, dict[str, Any]()
     if best is not None:
+        verdict = held(book.folder, best.number)
         job = Trial.of(plan, book.sweep, best.number, best.params)
         path = book.folder / f"{book.sweep.name}_best.yaml"
         options = [*about["args"], *arguments(book.sweep.parameters, best.params)]
@@ -74,7 +74,7 @@ def told(book: Book, plan: Plan) -> dict[str, Any]:
         "trials": rows,
         "best": None if experiment is None else str(experiment),
         "importance": _importance(book.study),
-        "again": {key: held.get(key, []) for key in ("claims", "seeds", "split")},
+        "again": {key: verdict.get(key, []) for key in ("claims", "seeds", "split")},
     }
 
 

@@ -7,13 +7,15 @@ from mmfusion.study.processes import is_alive
 from mmfusion.study.queue import GOES_ON
 from mmfusion.study.runner import run_and_report
 from mmfusion.study.signals import Signals
+from mmfusion.sweep.again import FOLDER as AGAIN
 from mmfusion.sweep.again import again
 from mmfusion.sweep.book import Book
 from mmfusion.sweep.definition import Sweep
 from mmfusion.sweep.prefix import trained
+from mmfusion.sweep.preflight import refuse_mistakes
 from mmfusion.sweep.queue import Queue, say
 from mmfusion.sweep.report import write_sweep
-from mmfusion.sweep.trials import definition, prefix_of, refuse_mistakes
+from mmfusion.sweep.trials import definition, prefix_of, reported
 from mmfusion.sweep.wandb import write_wandb
 
 
@@ -38,7 +40,7 @@ def run_sweep(sweep: Sweep, plan: Plan, side_by_side: int = 1, seeds: int = 3) -
     if running := len(book.trials(TrialState.RUNNING)):
         say(f"{running} trials run on other machines; the last command reports all of them")
         return 0
-    if not seeds or is_alive(plan.folder / "seeds" / ".lock"):
+    if not seeds or is_alive(plan.folder / AGAIN / ".lock"):
         return 0
     say(f"trial {best.number}, the best, and {sweep.experiment} as it is, each under {seeds} other seeds")
     failed = run_and_report(again(sweep, plan, best.number, best.params, seeds), side_by_side, False)
@@ -48,8 +50,8 @@ def run_sweep(sweep: Sweep, plan: Plan, side_by_side: int = 1, seeds: int = 3) -
 
 
 def report_alone(sweep: Sweep, plan: Plan) -> None:
-    """Of the trials that are over. Raises ValueError where there is none."""
-    print(f"report: {write_sweep(Book(sweep, plan.folder, None), plan)}")
+    """Of the trials that are over. Raises ValueError where there is none, or where they are of other parameters."""
+    print(f"report: {write_sweep(Book(sweep, plan.folder, reported(sweep), reads=True), plan)}")
 
 
 def translate(sweep: Sweep, plan: Plan) -> None:

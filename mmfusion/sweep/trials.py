@@ -16,7 +16,7 @@ from mmfusion.state import read_state
 from mmfusion.study.definition import EVERYTHING, LOGS, Arm, Study
 from mmfusion.study.jobs import Job, Plan
 from mmfusion.sweep.definition import PRIMARY, Sweep
-from mmfusion.sweep.space import Setting, arguments, extremes
+from mmfusion.sweep.space import Setting, arguments
 
 TRIALS, PREFIX = "trials", "prefix"
 VAL_ALONE = "--data.test_splits=[val]"  # test is for what the sweep found, and for once
@@ -78,8 +78,11 @@ class Trial(Job):
         return [*super().options(), VAL_ALONE, *arguments(self.sweep.parameters, self.setting)]
 
     def measured(self) -> Mapping[str, Any]:
-        """{"value", "low", "high"} of the sweep's metric. Raises ValueError where the results have no such metric."""
-        return cell(read_results(self.run / "results.json"), self.sweep.metric)
+        """{"value", "low", "high"} of the sweep's metric. Raises ValueError where the results have no number for it."""
+        found = cell(read_results(self.run / "results.json"), self.sweep.metric)
+        if found["value"] is None:
+            raise ValueError(f"{self.sweep.metric} is the mean over no query")
+        return found
 
     def validations(self) -> dict[int, float]:
         """The metric after each validation so far, by optimizer step; none until one was in the last stage.
@@ -113,25 +116,19 @@ def cell(results: Mapping[str, Any], metric: str) -> Mapping[str, Any]:
     return views[view][name]
 
 
-def definition(sweep: Sweep, plan: Plan) -> dict[str, Any]:
-    """What must not change while a sweep goes on, as flat JSON; how many trials there are may."""
+def reported(sweep: Sweep) -> dict[str, Any]:
+    """What a report of the trials reads in the sweep's file, as flat JSON."""
     parameters = {
         one.option: {key: list(value) if isinstance(value, tuple) else value for key, value in vars(one).items()}
         for one in sweep.parameters
     }
+    order = [one.option for one in sweep.parameters]
+    return flattened({"metric": sweep.metric, "parameters": parameters, "order": order})
+
+
+def definition(sweep: Sweep, plan: Plan) -> dict[str, Any]:
+    """What must not change while a sweep goes on, as flat JSON; how many trials there are may."""
     rest = {key: value for key, value in vars(sweep).items() if key not in ("name", "trials", "parameters", "args")}
-    return flattened({
-        **rest, "parameters": parameters, "order": [one.option for one in sweep.parameters],
-        "args": [shown(option) for option in (*sweep.args, *plan.more)],
-        "data": plan.manifest or shown(plan.data), "files": plan.files(TRIALS),
-    })  # fmt: skip
-
-
-def refuse_mistakes(sweep: Sweep, plan: Plan) -> None:
-    """Parses each end of each distribution as a run would, before hours of trials. Raises ValueError."""
-    for setting in extremes(sweep.parameters):
-        try:
-            plan.parse(Trial.of(plan, sweep, 0, setting).arguments())
-        except (ValueError, FileNotFoundError) as error:
-            given = " ".join(arguments(sweep.parameters, setting))
-            raise ValueError(f"sweep {sweep.name}, a trial with {given}: {error}") from error
+    args = [shown(option) for option in (*sweep.args, *plan.more)]
+    data = plan.manifest or shown(plan.data)
+    return reported(sweep) | flattened({**rest, "args": args, "data": data, "files": plan.files(TRIALS)})

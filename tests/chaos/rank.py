@@ -27,7 +27,8 @@ OPTIONS = [
     "--model.modality_dropout=0.2", "--model.ema=0.9", "--model.evaluation.baselines=false", "--wandb.mode=disabled",
     f"--checkpoint_steps={EVERY}", "--trainer.check_val_every_n_epoch=3", f"--trainer.devices={RANKS}",
     "--trainer.strategy=ddp", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
-    "--trainer.enable_model_summary=false", "--trainer.max_steps=60", "--guards.hang_minutes=3", "--trainer.callbacks+=tests.chaos.rank.Diary",
+    "--trainer.enable_model_summary=false", "--trainer.max_steps=60", "--guards.hang_minutes=3",
+    "--trainer.callbacks+=tests.chaos.rank.Diary",
 ]  # fmt: skip
 NAMES = ("open", "os.rename", "os.link", "os.remove")  # Python's audit events
 

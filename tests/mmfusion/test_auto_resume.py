@@ -17,7 +17,7 @@ from lightning import Callback
 from mmfusion.checkpoints import BEFORE, LAST, WholeFiles
 from mmfusion.cli import main
 from mmfusion.resume import DECIDED, start_of
-from mmfusion.state import RunState, read_state
+from mmfusion.state import RunState, mark, read_state
 from tests.ddp import RankError, run_ranks
 from tests.small_run import small_shards
 
@@ -43,6 +43,7 @@ def make_run(
         files.save_checkpoint({"step": step}, folder / "checkpoints" / LAST)
     if status is not None:
         said = {"host": socket.gethostname(), "pid": 0, "job": None} | more
+        said |= {"process": mark(said["pid"]) if said["host"] == socket.gethostname() else "there 1 1"}
         RunState(status, None, 2, 9, None, then, then, commit=None, message=None, **said).write(folder)
     for path in (folder / "config.yaml", *folder.glob("checkpoints/*")):
         os.utime(path, (then, then))

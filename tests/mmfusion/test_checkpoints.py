@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning import Callback
 
-from mmfusion.checkpoints import BEFORE, BEST, LAST, BestCheckpoint, LastCheckpoint, WholeFiles
+from mmfusion.checkpoints import BEFORE, BEST, LAST, BestCheckpoint, LastCheckpoint, WholeFiles, best_of, stage_file
 from mmfusion.sums import SUMS
 from tests.small_run import small_data, small_module, small_shards, small_trainer, three_stages
 
@@ -158,3 +158,25 @@ def test_a_checkpoint_is_replaced_never_written_over(tmp_path, monkeypatch):
         assert torch.load(place, weights_only=True)["step"] == 1
         assert not list(Path(elsewhere).iterdir())
     assert {path.name for path in tmp_path.iterdir()} == {LAST, BEFORE, SUMS, "former.ckpt"}
+
+
+def test_of_a_damaged_checkpoint_it_is_said_what_helps(tmp_path):
+    files, folder = WholeFiles(), tmp_path / "checkpoints"
+    for name in (LAST, LAST, BEST, stage_file("adapt")):
+        files.save_checkpoint({"of": name}, folder / name)
+
+    def said(name: str) -> str:
+        os.truncate(folder / name, 200)
+        with pytest.raises(ValueError, match=f"{name} is damaged") as refusal:
+            files.load_checkpoint(folder / name)
+        return str(refusal.value)
+
+    assert said(stage_file("adapt")).endswith("is made anew by training the run again alone")
+    assert said(BEST).endswith(
+        "move best.ckpt away, and make eval and RESUME=auto take last.ckpt, the weights of the last step"
+    )
+    assert best_of(tmp_path) == folder / BEST
+    (folder / BEST).rename(tmp_path / BEST)
+    assert best_of(tmp_path) == folder / LAST
+    assert said(LAST).endswith(f"Whole are {folder / BEFORE}; RESUME=auto goes on from the newest that is")
+    assert said(BEFORE).endswith("is whole: train the run again")

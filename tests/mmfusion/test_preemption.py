@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -267,7 +268,7 @@ def last_words(number: int, run: Path, capsys, code: int = 75) -> str:
 
     with pytest.raises(Preempted) as left:
         hear()
-    assert left.value.code == (code if preemption._rank() == 0 else 0)
+    assert left.value.code == code
     for heard in preemption.HEARD:
         signal.signal(heard, signal.SIG_DFL)
     return capsys.readouterr().err.strip()
@@ -323,17 +324,28 @@ def test_without_scontrol_the_jobs_script_is_asked_to_queue_it_again(run, scontr
 
 def test_only_rank_0_queues_again_and_only_its_code_ends_a_slurm_step(tmp_path, run, scontrol, capsys, monkeypatch):
     monkeypatch.setenv("SLURM_PROCID", "1")
-    assert last_words(USR1, run, capsys) == ""
+    step_ends = threading.Timer(0.5, os.kill, (os.getpid(), TERM))  # by srun, as rank 0 has left
+    step_ends.start()
+    assert last_words(USR1, run, capsys, code=0) == ""
+    step_ends.join()
     assert not (tmp_path / "called").exists()
-    assert Preempted().code == 0
+    assert Preempted().code == 0, "of ranks that leave together"
     monkeypatch.setenv("SLURM_PROCID", "0")
     assert Preempted().code == 75
+
+
+@pytest.mark.parametrize(("number", "code"), [(USR1, 76), (TERM, 75)])
+def test_a_rank_that_is_told_alone_ends_the_slurm_step(run, capsys, monkeypatch, number, code):
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setattr("mmfusion.preemption.ALONE", 0.2)
+    said = last_words(number, run, capsys, code=code)
+    assert said == f"{signal.Signals(number).name} came: the run stopped at once, on rank 1 alone"
 
 
 def test_ranks_that_lightning_starts_in_a_shell_of_slurm_are_not_all_rank_0(run, scontrol, capsys, monkeypatch):
     monkeypatch.setenv("SLURM_PROCID", "0")  # of the shell
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert last_words(USR1, run, capsys) == ""
+    assert last_words(USR1, run, capsys, code=0) == ""
 
 
 def test_handlers_are_what_they_were_once_the_run_is_over(run):

@@ -11,11 +11,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 from lightning import Callback
 
+import mmfusion.state as state_module
 from mmfusion.checkpoints import BestCheckpoint, LastCheckpoint
 from mmfusion.preemption import Preempted
-from mmfusion.state import STATE, KeepState, RunState, read_state
+from mmfusion.state import CLAIM, STATE, KeepState, RunState, mark, read_state, written_by_another
 from tests.ddp import run_ranks
 from tests.small_run import small_data, small_module, small_shards, small_trainer, three_stages
 
@@ -29,9 +31,9 @@ def shards(tmp_path_factory) -> Path:
 
 def state(**changes) -> RunState:
     now = time.time()
-    return replace(
-        RunState("running", "adapt", 3, 8, None, now - 60, now, HERE, os.getpid(), None, None, None), **changes
-    )
+    said = RunState("running", "adapt", 3, 8, None, now - 60, now, HERE, os.getpid(), None, None, None)
+    said = replace(said, **changes)
+    return said if "process" in changes else replace(said, process=mark(said.pid))
 
 
 class Probe(Callback):
@@ -159,13 +161,18 @@ def test_a_run_that_died_is_seen_as_lost(other):
     assert living.seen(now) == "running"
     assert living.seen(now + 119) == "running"
     assert living.seen(now + 121) == "lost", "silent"
-    assert state(pid=other.pid, updated=now - 100).seen(now) == "lost", "the number is another process's by now"
+    before = living.process.rpartition(" ")[0] + " 1"
+    assert replace(living, process=before).seen(now) == "lost", "the number is another process's by now"
     other.kill()
     os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
     assert living.seen(time.time()) == "lost", "dead, though its parent has not asked"
     other.wait()
     assert living.seen(time.time()) == "lost"
-    assert replace(living, host="elsewhere").seen(now) == "running", "who can tell?"
+    for boot, container in [("another", None), (None, "another")]:  # of the same name
+        here = living.process.split()
+        there = f"{boot or here[0]} {container or here[1]} {here[2]}"
+        assert replace(living, process=there).seen(now) == "running", "who can tell?"
+    assert replace(living, process=None).seen(now) == "running", "by a version before"
     assert replace(living, status="stopped").seen(now + 999) == "stopped"
 
 
@@ -176,9 +183,67 @@ def test_what_cannot_be_read_is_no_state(tmp_path, content):
     assert read_state(tmp_path / "none") is None
 
 
-def test_a_state_of_a_later_version_is_read(tmp_path):
-    (tmp_path / STATE).write_text(json.dumps(asdict(state()) | {"more": 1}))
+def test_a_state_of_another_version_is_read(tmp_path):
+    said = asdict(state())
+    (tmp_path / STATE).write_text(json.dumps(said | {"more": 1}))
     assert read_state(tmp_path).step == 3
+    del said["process"]
+    (tmp_path / STATE).write_text(json.dumps(said))
+    assert read_state(tmp_path).step == 3
+
+
+def test_a_run_that_is_taken_and_not_trained_is_left_as_it_was(shards, tmp_path):
+    state(status="failed", step=7, best=0.5).write(tmp_path)
+    before, seen = (tmp_path / STATE).read_bytes(), []
+    module = small_module()
+
+    def refuse() -> None:
+        seen.append(read_state(tmp_path))
+        raise ValueError("features take more than their limit")
+
+    module.on_fit_start = refuse
+    trainer = small_trainer(tmp_path, BestCheckpoint(tmp_path), KeepState(tmp_path), enable_checkpointing=True)
+    with pytest.raises(ValueError, match="features"):
+        trainer.fit(module, small_data(shards))
+    assert [(said.status, said.step, said.best, said.pid) for said in seen] == [("running", 7, 0.5, os.getpid())]
+    assert (tmp_path / STATE).read_bytes() == before
+
+
+def take(rank: int, world: int, run: Path) -> str:
+    """All find the run free in the same moment, where nothing keeps them apart."""
+
+    def slowly(run: Path) -> str | None:
+        found = written_by_another(run)
+        time.sleep(0.5)
+        return found
+
+    state_module.written_by_another = slowly
+    keep, trainer = KeepState(run), small_trainer(run)
+    torch.distributed.barrier()
+    try:
+        keep.on_fit_start(trainer, small_module())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_of_starts_in_the_same_moment_one_has_the_run(tmp_path):
+    state(status="failed").write(tmp_path)
+    told = run_ranks(take, 3, tmp_path)
+    assert sorted("is being written: by process" in said for said in told) == [False, True, True], told
+    assert told.count("") == 1
+    assert not (tmp_path / CLAIM).exists()
+
+
+def test_what_a_killed_start_left_does_not_stay_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmfusion.state.TAKING", 0.2)
+    state(status="failed").write(tmp_path)
+    (tmp_path / CLAIM).touch()
+    keep = KeepState(tmp_path)
+    keep.on_fit_start(small_trainer(tmp_path), small_module())
+    assert read_state(tmp_path).status == "running"
+    assert not (tmp_path / CLAIM).exists()
+    keep.end("stopped")
 
 
 def two_fits(rank: int, world: int, shards: Path, run: Path) -> tuple[str, int | None]:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from mmfusion.run import FusionCLI
-from mmfusion.strategy import check_strategy
+from mmfusion.strategy import check_restarts, check_strategy
 from tests.small_run import small_shards
 
 SHARDING = ["fsdp", "fsdp_cpu_offload", "deepspeed", "deepspeed_stage_3_offload"]
@@ -30,3 +30,14 @@ def test_a_class_as_well(kind):
 @pytest.mark.parametrize("name", ["auto", "ddp", "ddp_find_unused_parameters_true", "single_device"])
 def test_others_pass(name):
     check_strategy(name)
+
+
+def test_restarts_that_would_hang_are_refused(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    check_restarts()
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(ValueError, match="--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        check_restarts()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    check_restarts()

@@ -7,6 +7,7 @@ script, under its number. As a command it is srun.
 
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-SBATCH = "#!/bin/sh\nenv > {folder}/environment\ncp $1 {folder}/script\necho Submitted batch job {number}\n"
+SBATCH = '#!/bin/sh\nenv > {folder}/environment\ncp "$1" {folder}/script\necho Submitted batch job {number}\n'
 SCONTROL = '#!/bin/sh\necho "$@" >> {folder}/scontrol.called\n'
 SRUN = '#!/bin/sh\nFAKE_SLURM={folder} exec {python} {fake} "$@"\n'
 
@@ -45,9 +46,10 @@ class Slurm:
 
     def asked(self, option: str) -> str:
         """What the script asks for by `#SBATCH --option=`."""
-        found = re.search(rf"^#SBATCH --{option}=(\S+)", (self.folder / "script").read_text(), re.MULTILINE)
+        found = re.search(rf"^#SBATCH (--{option}=.*)", (self.folder / "script").read_text(), re.MULTILINE)
         assert found, option
-        return found[1]
+        (word,) = shlex.split(found[1], comments=True)
+        return word.partition("=")[2].replace("%%", "%")
 
     def start(self, restarts: int = 0) -> subprocess.Popen[str]:
         """The job's script, on its first node, with its log where it asks for it."""

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -213,3 +214,82 @@ def test_torchrun_on_two_nodes_is_one_run(tmp_path):
     assert [node.returncode for node in each] == [0, 0], said
     assert run_of(tmp_path).name == "job-night"
     assert sum(text.count("run: runs/fusion_moe/job-night") for text in said) == 1
+
+
+def torchrun_on_one_node(folder: Path, shards: Path) -> subprocess.Popen[str]:
+    """Two ranks that are started again, twice at most, where one fails."""
+    folder.mkdir()
+    (folder / "experiments").symlink_to(ROOT / "experiments")
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=2", "-m", "mmfusion.cli"]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return subprocess.Popen(
+        [sys.executable, *launch, *without_a_cluster(shards), "--trainer.devices=2", "--resume=auto"], text=True,
+        cwd=folder, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def rank_of(process: int) -> str | None:
+    try:
+        variables = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    return next((word.removeprefix(b"RANK=").decode() for word in variables if word.startswith(b"RANK=")), None)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60 * 3 * MINUTES)
+def test_torchrun_starts_all_ranks_again_when_one_is_killed(tmp_path):
+    """From the last checkpoint, in the same folder, to the same numbers; also when the other one is killed then."""
+    shards, cut, straight = small_shards(tmp_path), tmp_path / "cut", tmp_path / "straight"
+    torchrun, deadline, before = torchrun_on_one_node(cut, shards), time.monotonic() + 60 * MINUTES, 0
+    for rank in ("1", "0"):
+        while saved(cut) <= before and time.monotonic() < deadline and torchrun.poll() is None:
+            time.sleep(0.05)
+        before = saved(cut)
+        (killed, *_) = [process for process in descendants(torchrun.pid) if rank_of(process) == rank]
+        os.kill(killed, signal.SIGKILL)
+    said = torchrun.communicate(timeout=60 * MINUTES)[0]
+    assert torchrun.returncode == 0, said
+    assert said.count("resume=auto: goes on from") == 2
+    torchrun = torchrun_on_one_node(straight, shards)
+    straight_said = torchrun.communicate(timeout=60 * MINUTES)[0]
+    assert torchrun.returncode == 0, straight_said
+    assert json.loads((run_of(cut) / "state.json").read_text())["status"] == "done"
+    results = [json.loads((run_of(folder) / "results.json").read_text()) for folder in (cut, straight)]
+    assert [results[0][split] for split in ("val", "test")] == [results[1][split] for split in ("val", "test")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60 * 2 * MINUTES)
+def test_when_a_rank_is_killed_the_other_ends_and_no_worker_is_left(tmp_path):
+    """By themselves: no launcher looks after them."""
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    more = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.workers=2", "--trainer.max_steps=6000"]
+    command = [sys.executable, "-m", "mmfusion.cli", *without_a_cluster(small_shards(tmp_path)), *more]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "MMFUSION_VERSION": "two", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | together | {"PYTHONPATH": str(ROOT)}
+    ranks = [
+        subprocess.Popen(command, cwd=tmp_path, env=environment | {"LOCAL_RANK": rank}, stderr=subprocess.DEVNULL)
+        for rank in ("0", "1")
+    ]
+    try:
+        deadline = time.monotonic() + 60 * MINUTES
+        while not saved(tmp_path):
+            assert time.monotonic() < deadline
+            assert [rank.poll() for rank in ranks] == [None, None]
+            time.sleep(0.05)
+        workers = [process for rank in ranks for process in descendants(rank.pid)]
+        assert len(workers) >= 4
+        ranks[1].kill()
+        assert ranks[0].wait(90) not in (0, None)
+        deadline = time.monotonic() + 90
+        while left := [process for process in workers if is_running(process)]:
+            assert time.monotonic() < deadline, [Path(f"/proc/{process}/cmdline").read_bytes() for process in left]
+            time.sleep(0.1)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()

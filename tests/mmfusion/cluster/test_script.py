@@ -124,6 +124,20 @@ def test_lists_come_line_by_line_and_what_is_odd_is_quoted(mmfusion, slurm, tmp_
     assert (tmp_path / "set up").exists()
 
 
+def test_a_clone_may_have_any_name(mmfusion, slurm, tmp_path, monkeypatch):
+    clone = tmp_path / "a clone's #2 of 100%"
+    clone.mkdir()
+    (clone / "experiments").symlink_to(ROOT / "experiments")
+    monkeypatch.chdir(clone)
+    _, out, err = mmfusion(*JOB, "--experiment=my own")
+    assert err == ""
+    (script,) = (clone / "runs" / "my own" / "submitted").glob("*.sbatch")
+    assert slurm.asked("output") == str(script.with_suffix(".log"))
+    assert slurm.asked("job-name") == "my own"
+    assert f"log: {script.with_suffix('.log')}\n" in out
+    assert "--experiment=my own" in started(slurm)
+
+
 def test_a_container_sees_the_project_and_what_is_named(mmfusion, slurm, tmp_path):
     mmfusion(*JOB, "--cluster.container=/images/torch.sqsh", "--cluster.mounts=[/shared/data, /opt/python]")
     seen = ",".join(f"{folder}:{folder}" for folder in (tmp_path, "/shared/data", "/opt/python"))

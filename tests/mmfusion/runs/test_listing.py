@@ -1,6 +1,7 @@
 """`make runs` lists what there is, whatever else lies there."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import pytest
 from mmfusion.runs.family import MARKS, family
 from mmfusion.runs.found import FoundRun, find_runs
 from mmfusion.runs.listing import age, list_runs
+from mmfusion.state import mark
 from mmfusion.study.diary import STUDY
 from mmfusion.sweep.book import JOURNAL
 from tests.mmfusion.runs.drawn import COMMIT, NDCG, draw_run
@@ -50,7 +52,7 @@ def test_the_status_is_what_one_sees(tmp_path, capsys):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     draw_run(tmp_path / "a/alive", "running", hours=0)
-    draw_run(tmp_path / "a/gone", "running", hours=0, pid=gone.pid)
+    draw_run(tmp_path / "a/gone", "running", hours=0, pid=gone.pid, process=mark(os.getpid()))
     draw_run(tmp_path / "a/silent", "running", hours=1, host="elsewhere")
     draw_run(tmp_path / "a/old", None)
     draw_run(tmp_path / "a/old-half", None, test=None)

@@ -294,7 +294,7 @@ def test_a_report_alone_draws_no_data_and_lists_runs_of_another_definition_as_mi
     "option", ["--seed_everything=7", "--experiment=x", "--config=x.yaml", "--branch=x", "--runs=x"]
 )
 def test_args_cannot_decide_what_the_study_does(option):
-    with pytest.raises(ValueError, match=f"ARGS holds '{option}': that is the study's to give, leave it out"):
+    with pytest.raises(ValueError, match=f"ARGS holds '{option}': the command gives that to each run, leave it out"):
         plan(FOUR, more=(option,))
 
 
@@ -445,7 +445,7 @@ def test_a_prefix_is_a_stage_before_the_last(prefix):
 
 def test_an_experiment_or_data_that_are_not_there():
     with pytest.raises(
-        FileNotFoundError, match=r"arm moe: there is no experiments/mo.yaml, only alone, base, fusion_moe"
+        FileNotFoundError, match=r"small, moe: there is no experiments/mo.yaml, only alone, base, fusion_moe"
     ):
         run_study(plan({"reference": "moe", "arms": {"moe": {"experiment": "mo"}}}))
     Path("data/manifest.json").unlink()

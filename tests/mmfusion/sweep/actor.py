@@ -1,9 +1,9 @@
 """A trial without training, for tests of who runs when: the options, files and exit codes of the real one.
 
 It reaches .9 - (x - .3)^2 at --x, on the way there a third and two thirds of it. `--act.WHAT=VALUE` among its options:
-seconds=S (between two validations), hold=PATH (no end before that file is gone), crash_above=X, deaf=true. Each
-writes what it was given, and when it began and ended, to acted.jsonl beside the trials. What it leaves is held against
-a real run in test_sweep_runs.py.
+seconds=S (between two validations), hold=PATH (no end before that file is gone), crash_above=X, deaf=true, leave=PATH
+(once, where that file is: as a run that is preempted). Each writes what it was given, and when it began and ended, to
+acted.jsonl beside the trials. What it leaves is held against a real run in test_sweep_runs.py.
 """
 
 import argparse
@@ -14,8 +14,16 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 VALIDATIONS = (10, 20, 30)  # steps
+OPTIONS = {
+    "seed_everything": 1, "trainer": {}, "data": {},
+    "model": {
+        "groups": {}, "modalities": ["text", "image"], "evaluation": {},
+        "stages": {name: {"until": {"epochs": 1}, "losses": {}} for name in ("adapt", "align", "fuse")},
+    },
+}  # fmt: skip
 STATE = {
     "status": "running", "stage": "fuse", "step": 0, "steps": 30, "started": 0.0, "updated": 0.0, "host": "here",
     "job": None, "commit": None, "message": None,
@@ -31,7 +39,7 @@ def given(arguments: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}")
     for name in ("x", "y", "act.seconds", "act.crash_above"):
         parser.add_argument(f"--{name}", dest=name.removeprefix("act."), type=float)
-    for name in ("act.hold", "act.deaf"):
+    for name in ("act.hold", "act.deaf", "act.leave"):
         parser.add_argument(f"--{name}", dest=name.removeprefix("act."))
     try:
         known, unknown = parser.parse_known_args(arguments)
@@ -40,6 +48,12 @@ def given(arguments: Sequence[str]) -> argparse.Namespace:
     if unknown:
         raise ValueError(f"unrecognized arguments: {' '.join(unknown)}")
     return known
+
+
+def parse(arguments: Sequence[str]) -> dict[str, Any]:
+    """The options of a run of which nothing that it shares with others was given."""
+    given(arguments)
+    return OPTIONS
 
 
 def note(options: argparse.Namespace, **line: object) -> None:
@@ -59,6 +73,9 @@ def main() -> None:
     if options.crash_above is not None and options.x is not None and options.x > options.crash_above:
         print("error: it fell over", flush=True)
         sys.exit(3)
+    if options.leave and Path(options.leave).exists():
+        Path(options.leave).unlink()
+        sys.exit(75)
     checkpoints = run / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(

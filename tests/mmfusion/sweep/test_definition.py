@@ -13,8 +13,9 @@ from optuna.trial import FixedTrial
 from mmfusion.study.definition import read_study
 from mmfusion.study.preflight import parse
 from mmfusion.sweep.definition import read_sweep
+from mmfusion.sweep.preflight import refuse_metric, refuse_mistakes
 from mmfusion.sweep.space import arguments, extremes, walked
-from mmfusion.sweep.trials import plan_of, refuse_mistakes
+from mmfusion.sweep.trials import plan_of
 
 ROOT = Path(__file__).parents[3]
 SMALL: dict[str, Any] = {
@@ -81,7 +82,7 @@ def test_each_end_is_tried_under_each_name_that_it_hangs_on(tmp_path):
         ({"parameters": {"a": {"uniform": [0, float("inf")]}}}, "two numbers"),
         ({"parameters": {"a": {"int": [1, 2.5]}}}, "two whole numbers"),
         ({"parameters": {"a": {"choice": []}}}, r"a.choice is \[\]"),
-        ({"parameters": {"seed_everything": {"int": [1, 2]}}}, "seed_everything is given: that is the study's to give"),
+        ({"parameters": {"seed_everything": {"int": [1, 2]}}}, "seed_everything is given: the command gives that"),
         ({"args": ["--a=1"], "parameters": {"a": {"int": [1, 2]}}}, "parameters.a is in args too"),
         ({"parameters": {"a": {"int": [1, 2], "when": {"b": ["x"]}}}}, "names 'b', which is no earlier choice"),
         (
@@ -124,6 +125,84 @@ def test_an_option_that_there_is_not_is_told_before_any_trial(monkeypatch, tmp_p
         plan_of(sweep, tmp_path, "nowhere", ("--model.fusion=Gated",))
     with pytest.raises(ValueError, match=r"prefix is 'fuse'.*before the last \(adapt, align, fuse\)"):
         plan_of(read_sweep(written(tmp_path, SMALL | {"prefix": "fuse"})), tmp_path, "nowhere")
+
+
+FREE = {
+    "model.groups.fusion.rate": {"loguniform": [1e-4, 1e-2]},
+    "model.stages.fuse.losses.query_text": {"uniform": [0, 1]},
+    "model.losses.query_product": {"choice": ["InfoNCE", "Sigmoid"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("prefix", "changing", "told"),
+    [
+        ("align", {}, None),
+        ("adapt", {"model.stages.align.warmup": {"uniform": [0.0, 0.2]}}, None),
+        ("align", {"model.dim": {"choice": [128, 64]}}, "model.dim: the checkpoint has 128, this run 64"),
+        (
+            "align",
+            {"model.stages.adapt.until.fraction": {"uniform": [0.5, 0.6]}},
+            "until.fraction: .* 0.5, this run 0.6",
+        ),
+        ("align", {"model.groups.projection.rate": {"uniform": [1e-3, 1e-2]}}, "the rate of projection in stage adapt"),
+        (
+            "align",
+            {
+                "model.text": {"choice": ["ScratchTextEncoder", "SentenceTransformerEncoder"]},
+                "model.text.init_args.width": {"int": [64, 128], "when": {"model.text": ["ScratchTextEncoder"]}},
+            },
+            "model.text.width: the checkpoint has 128, this run 64",
+        ),
+    ],
+)
+def test_what_changes_the_shared_stages_is_told_before_they_are_trained(prefix, changing, told, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    content = {"experiment": "fusion_moe", "prefix": prefix, "parameters": FREE | changing}
+    sweep = read_sweep(written(tmp_path, content))
+    plan = plan_of(sweep, tmp_path, "nowhere")
+    if told is None:
+        refuse_mistakes(sweep, plan)
+        return
+    with pytest.raises(ValueError, match=f"(.|\n)*{told}") as raised:
+        refuse_mistakes(sweep, plan)
+    said = f"sweep small: all trials share the stages until align, and {list(changing)[-1]} changes them: take that out"
+    assert str(raised.value).startswith(said)
+
+
+LABELS = {"relevance": {"E": 1.0, "I": 0.0}}
+MODEL = {"modalities": ["text", "image"], "evaluation": {"metrics": ["ndcg@10", "share@5"], "baselines": False}}
+
+
+@pytest.mark.parametrize(
+    ("metric", "labels", "told"),
+    [
+        ("val/fused/relevance/ndcg@10", LABELS, None),
+        ("val/text@64/relevance/share_e@5", LABELS, None),
+        ("val/fused/elsewhere/share_e@5", None, None),
+        ("val/fusd/relevance/ndcg@10", LABELS, "names 'fusd': there are text, image, fused; did you mean fused?"),
+        ("val/hybrid_sum/relevance/ndcg@10", LABELS, "names 'hybrid_sum': there are"),
+        ("val/fused/relevance/ndgc@10", LABELS, "names 'relevance/ndgc@10': .*did you mean relevance/ndcg@10?"),
+        ("val/fused/relevanse/ndcg@10", LABELS, "did you mean relevance/ndcg@10?"),
+        ("val/fused/elsewhere/ndcg@100", None, "did you mean elsewhere/ndcg@10?"),
+        ("val/primry", LABELS, "names 'primry'"),
+    ],
+)
+def test_a_metric_that_results_would_not_hold_is_told(metric, labels, told):
+    if told is None:
+        refuse_metric(metric, MODEL, labels)
+        return
+    with pytest.raises(ValueError, match=told.replace("?", r"\?")):
+        refuse_metric(metric, MODEL, labels)
+
+
+def test_a_metric_is_looked_for_before_any_trial(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "manifest.json").write_text('{"labels": {"relevance": {}}}')
+    content = {"experiment": "fusion_moe", "parameters": FREE, "metric": "val/fused/relevance/ndgc@10"}
+    sweep = read_sweep(written(tmp_path, content))
+    with pytest.raises(ValueError, match=r"a trial with .*: the sweep's metric .* did you mean relevance/ndcg@10"):
+        refuse_mistakes(sweep, plan_of(sweep, tmp_path, str(tmp_path)))
 
 
 def test_a_study_is_no_sweep():

@@ -23,7 +23,7 @@ from mmfusion.sweep.book import JOURNAL, Book
 from mmfusion.sweep.definition import Sweep, read_sweep
 from mmfusion.sweep.report import told
 from mmfusion.sweep.runner import report_alone, run_sweep
-from mmfusion.sweep.trials import Trial, definition, plan_of
+from mmfusion.sweep.trials import Trial, definition, plan_of, reported
 from tests.mmfusion.runs.drawn import draw_run
 from tests.mmfusion.sweep import actor
 
@@ -62,7 +62,7 @@ def write(path: str, content: Any) -> None:
 def planned(definition: dict[str, Any] = SMALL, *more: str) -> tuple[Sweep, Plan]:
     Path("small.yaml").write_text(yaml.safe_dump(definition, sort_keys=False))
     sweep = read_sweep(Path("small.yaml"))
-    return sweep, plan_of(sweep, SWEEP, "data", more, program=(sys.executable, str(ACTOR)), parse=actor.given)
+    return sweep, plan_of(sweep, SWEEP, "data", more, program=(sys.executable, str(ACTOR)), parse=actor.parse)
 
 
 def run(definition: dict[str, Any] = SMALL, *more: str, jobs: int = 1) -> int:
@@ -236,6 +236,29 @@ def test_a_killed_trial_and_command_are_tried_again():
     assert states() == dict.fromkeys(range(6), "COMPLETE")
 
 
+def test_a_trial_that_is_ended_alone_goes_on(capfd):
+    Path("wait").touch()
+    process = command(SMALL, "--act.hold=wait")
+    until((SWEEP / "trials/0/checkpoints/last.ckpt").is_file)
+    os.kill(begun("pid")[0], signal.SIGTERM)
+    Path("wait").unlink()
+    process.join(60)
+    assert process.exitcode == 0
+    assert begun()[:3] == ["trials/0", "trials/0", "trials/1"]
+    assert begun("resume")[1] == str(SWEEP / "trials/0/checkpoints/last.ckpt")
+    assert states() == dict.fromkeys(range(6), "COMPLETE")
+    assert "trial 0 had to leave (exit code -15): it goes on" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("prefix", [None, "align"])
+def test_a_run_that_is_preempted_alone_begins_again(prefix):
+    Path("leave").touch()
+    assert run({**SMALL, "trials": 2, "prefix": prefix}, "--act.leave=leave") == 0
+    first = "prefix/all-1" if prefix else "trials/0"
+    assert begun() == [first, *dict.fromkeys([first, "trials/0", "trials/1"])]
+    assert states() == dict.fromkeys(range(2), "COMPLETE")
+
+
 def test_two_commands_share_a_sweep_and_its_prefix():
     definition = {**SMALL, "prefix": "align", "trials": 8, "args": ["--act.seconds=0.1"]}
     planned(definition)
@@ -260,7 +283,7 @@ def test_a_prefix_that_fails_is_told():
     definition = {**SMALL, "prefix": "align", "args": ["--act.seconds=x"]}
     sweep, plan = planned(definition)
     Path("fails.py").write_text("print('error: no room'); raise SystemExit(2)")
-    broken = dataclasses.replace(plan, program=(sys.executable, "fails.py"), parse=lambda arguments: None)
+    broken = dataclasses.replace(plan, program=(sys.executable, "fails.py"), parse=lambda arguments: actor.OPTIONS)
     with pytest.raises(
         ValueError, match=r"cannot be trained \(runs/sweeps/small/logs/prefix/all-1.log\):\n.*\n?.*no room"
     ):
@@ -300,10 +323,34 @@ def test_a_report_once_trials_were_taken_away():
     assert after["best"] == before["best"]
 
 
+def test_a_verdict_on_a_former_best_is_not_told():
+    assert run({**SMALL, "trials": 2}) == 0
+    best = report()["trials"][0]["trial"]
+    held = {"claims": [{"says": "it beats", "verdict": "holds", "why": "so", "sentence": "it beats: holds: so."}]}
+    for number, claims in ((best, held["claims"]), (1 - best, [])):
+        rows = [{"arm": "default"}, {"arm": f"trial-{number}"}]
+        write(str(SWEEP / "seeds/report.json"), {**held, "seeds": [2, 3], "split": "test", "variants": {"all": rows}})
+        report_alone(*planned())
+        assert report()["again"]["claims"] == claims
+
+
+def test_a_report_of_other_parameters_is_refused():
+    assert run({**SMALL, "trials": 2}) == 0
+    other = {**SMALL["parameters"], "kind": {"choice": ["a", "c"]}}
+    with pytest.raises(
+        ValueError, match=r"(.|\n)*parameters.kind.choices.b was b, is None\n.*choices.c was None, is c"
+    ):
+        report_alone(*planned({**SMALL, "parameters": other}))
+    with pytest.raises(ValueError, match="metric was val/primary, is val/fused/relevance/mrr"):
+        report_alone(*planned({**SMALL, "metric": "val/fused/relevance/mrr"}))
+    shutil.rmtree("data")  # a report needs them not
+    report_alone(*planned({**SMALL, "encoders": "tiny", "trials": 3}, "--y=2"))
+
+
 def test_a_report_of_what_is_there():
     assert run({**SMALL, "trials": 1}) == 0
     sweep, plan = planned()
-    book = Book(sweep, SWEEP, None)
+    book = Book(sweep, SWEEP, reported(sweep), reads=True)
     assert told(book, plan)["importance"] == {}
     assert len(book.trials(TrialState.COMPLETE)) == 1
     assert "plots once two trials are done" in (SWEEP / "report.html").read_text()

@@ -87,8 +87,11 @@ def test_the_command_of_a_ready_sweep_is_one_that_fit_takes(name, tmp_path, monk
     sweep = read_sweep(ROOT / "experiments" / "sweeps" / f"{name}.yaml")
     plan = plan_of(sweep, tmp_path, "shards")
     paths = write_wandb(sweep, plan)
-    heads = ["MoEBilinear", "Gated", "ConcatMLP", "ConcatLinear", "MaskedSum"]
-    suffixes = [f"-{head}" for head in heads] if name == "fusion" else [""]
+    told = {
+        "fusion": ["-MoEBilinear", "-Gated", "-ConcatMLP", "-ConcatLinear", "-MaskedSum"],
+        "losses": ["-InfoNCE", "-GradedInfoNCE", "-Sigmoid"],
+    }
+    suffixes = told.get(name, [""])
     assert [path.name for path in paths] == [f"wandb-sweep{suffix}.yaml" for suffix in suffixes]
     assert sum(yaml.safe_load(path.read_text())["run_cap"] for path in paths) == sweep.trials
     for path in paths:
