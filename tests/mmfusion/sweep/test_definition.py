@@ -107,7 +107,8 @@ def test_no_text_is_more_than_an_error_for_users(tmp_path_factory, text):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
-@pytest.mark.parametrize("encoders", ["tiny", pytest.param("minilm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("encoders", ["tiny", "minilm"])
+@pytest.mark.slow
 def test_a_run_would_take_each_end_of_the_ready_sweeps(path, encoders, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     sweep = dataclasses.replace(read_sweep(path), encoders=encoders)
