@@ -37,7 +37,7 @@ PROBE = """<script>
     document.body.dataset.seen = JSON.stringify(report);
   };
   const act = seen => { ACT };
-  setTimeout(look, 500, 50);
+  setTimeout(look, 500, 250);
 </script>"""
 FIGURES = ("loss", "ndcg", "gates", *("calibration",) * 4, "slice")
 CARD = 'seen("#chosen h4").map(one => one.textContent)'
@@ -54,7 +54,7 @@ def browse(page: Path, act: str, address: str = "", size: str = "1280,12000") ->
     done = subprocess.run(
         [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={size}",
          "--enable-logging=stderr",
-         f"--user-data-dir={page.parent / 'profile'}", "--virtual-time-budget=10000", "--dump-dom",
+         f"--user-data-dir={page.parent / 'profile'}", "--virtual-time-budget=30000", "--dump-dom",
          f"{watched.as_uri()}{address}"],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
