@@ -17,9 +17,9 @@ from mmfusion.cli import main
 from mmfusion.encoders.checkpoint import packaged_folder
 from mmfusion.options import shown, with_merged_tables
 from mmfusion.retrieval.evaluation import BASELINES
+from tests.clip import make_clip
 from tests.datamodules.damage import overwrite
 from tests.mmfusion import test_cli_ranks
-from tests.mmfusion.encoders.test_dual import make_clip
 from tests.small_run import small_shards
 
 ROOT = Path(__file__).parents[2]

@@ -14,18 +14,12 @@ from mmfusion.layers import below_top
 from mmfusion.optim import Optim, rate_at
 from mmfusion.stages import Group
 from tests.ddp import run_ranks
-from tests.mmfusion.encoders.test_dual import make_clip
 from tests.small_run import GROUPS, small_data, small_module, small_shards, small_trainer, weights
 
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> Path:
     return small_shards(tmp_path_factory.mktemp("small"))
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory) -> str:
-    return str(make_clip(tmp_path_factory.mktemp("clip")))
 
 
 def check(encoder: nn.Module, expected: dict[str, int]) -> None:
@@ -67,9 +61,9 @@ def test_minilm():
 def test_the_towers_of_a_dual_checkpoint(clip):
     layers = {f"network.body.encoder.layers.{i}.": 1 - i for i in range(2)}
     below, top = {"network.body.embeddings.": 2}, {"network.projection.": 0}
-    check(DualTextEncoder(clip), below | layers | top | {"network.body.final_layer_norm.": 0})
+    check(DualTextEncoder(str(clip)), below | layers | top | {"network.body.final_layer_norm.": 0})
     outer = {"network.body.pre_layrnorm.": 2, "network.body.post_layernorm.": 0}
-    check(DualImageEncoder(clip), below | layers | top | outer)
+    check(DualImageEncoder(str(clip)), below | layers | top | outer)
 
 
 @pytest.mark.parametrize("model", ["test_vit", "test_resnet", "test_efficientnet", "mobilenetv3_small_050"])

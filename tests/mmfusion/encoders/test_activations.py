@@ -14,7 +14,6 @@ from mmfusion.encoders.checkpoint import MINILM, packaged_folder
 from mmfusion.encoders.dual import DualImageEncoder, DualTextEncoder
 from mmfusion.feature_cache.identity import described
 from tests.ddp import run_ranks
-from tests.mmfusion.encoders.test_dual import make_clip
 from tests.small_run import small_data, small_module, small_shards, small_trainer, weights
 
 TEXTS = ["a red shirt", "blue shoe of leather", "x"]
@@ -26,11 +25,6 @@ def shards(tmp_path_factory) -> Path:
     return small_shards(tmp_path_factory.mktemp("small"))
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory) -> str:
-    return str(make_clip(tmp_path_factory.mktemp("clip")))
-
-
 @pytest.fixture
 def make(clip, request) -> Callable[[bool], nn.Module]:
     """An encoder with dropout, or stochastic depth, by the test's parameter."""
@@ -40,9 +34,9 @@ def make(clip, request) -> Callable[[bool], nn.Module]:
         if request.param == "timm":
             return TimmEncoder("test_vit", image_size=SIZE, drop_path=0.3, checkpoint_activations=on)
         if request.param == "dual image":
-            return with_dropout(DualImageEncoder(clip, checkpoint_activations=on))
+            return with_dropout(DualImageEncoder(str(clip), checkpoint_activations=on))
         if request.param == "dual text":
-            return with_dropout(DualTextEncoder(clip, checkpoint_activations=on))
+            return with_dropout(DualTextEncoder(str(clip), checkpoint_activations=on))
         folder = packaged_folder(MINILM)
         if folder is None:
             pytest.skip("the dev extra is not installed")

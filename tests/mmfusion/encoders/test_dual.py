@@ -10,47 +10,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch.nn.functional import normalize
 
 from mmfusion.encoders import Augment, DualImageEncoder, DualTextEncoder
+from tests.clip import LETTERS, TEXT, VISION
 
 TEXTS = ["a red shirt", "", "striped " * 9]
-TEXT = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 16,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 1,
-}
-VISION = {
-    "hidden_size": 40,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 32,
-    "patch_size": 8,
-}
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 DRAW = torch.arange(3)
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_clip(tmp_path_factory.mktemp("clip"))
-
-
-def make_clip(folder: Path) -> Path:
-    """A CLIP checkpoint whose shared space has 24 dimensions and whose photos are 32 pixels wide and high."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
-
-    torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=24)).save_pretrained(folder)
-    marks = ["<|startoftext|>", "<|endoftext|>"]
-    vocabulary = [*marks, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(f"{letter}</w>" for letter in LETTERS)]
-    CLIPTokenizer(vocab={token: row for row, token in enumerate(vocabulary)}, merges=[]).save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32, image_mean=[0.5, 0.4, 0.3]).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,12 @@
 """Who runs when, what is shared, what becomes of crashes and interruptions; by runs that train nothing (actor.py)."""
 
-import contextlib
 import json
 import multiprocessing
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,8 @@ from mmfusion.study.progress import progress
 from mmfusion.study.queue import Queue
 from mmfusion.study.runner import run_and_report, run_study
 from mmfusion.study.signals import Interrupted
+from tests.mmfusion import acting
+from tests.mmfusion.acting import acted, until, write
 from tests.mmfusion.study import actor
 
 ACTOR = Path(actor.__file__)
@@ -44,21 +45,12 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setattr("mmfusion.study.queue.PAUSE", 0.02)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     stages = {"adapt": {"until": 1}, "align": {"until": 2}, "fuse": {"until": 3}}
-    write("experiments/base.yaml", {"model": {"dim": 8, "stages": stages}})
-    write("experiments/encoders/tiny.yaml", {"model": {"text": "small"}})
-    write("experiments/fusion_moe.yaml", {"model": {"fusion": "MoE"}})
-    write("experiments/alone.yaml", {"model": {"stages": {"joint": {"until": 3}}}})
-    write("data/manifest.json", {"hash": "h1"})
-    yield
-    for line in acted():  # what a killed runner left
-        if line["event"] == "begins":
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(line["pid"], signal.SIGKILL)
-
-
-def write(path: str, content: Any) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(content))
+    experiments = {
+        "base": {"model": {"dim": 8, "stages": stages}}, "fusion_moe": {"model": {"fusion": "MoE"}},
+        "alone": {"model": {"stages": {"joint": {"until": 3}}}},
+    }  # fmt: skip
+    with acting.project(STUDY, experiments):
+        yield
 
 
 def plan(definition: dict[str, Any], seeds: tuple[int, ...] = (1,), **options: Any) -> Plan:
@@ -78,14 +70,9 @@ def with_args(arm: str, *args: str, of: dict[str, Any] = FOUR) -> dict[str, Any]
     return of | {"arms": of["arms"] | {arm: {**of["arms"][arm], "args": list(args)}}}
 
 
-def acted() -> list[dict[str, Any]]:
-    path = STUDY / "acted.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
 def begun(key: str | None = None) -> list[Any]:
     """Names of the jobs in the order in which they began; or what each was given for `key`."""
-    return [line[key or "name"] for line in acted() if line["event"] == "begins"]
+    return [line[key or "name"] for line in acted(STUDY) if line["event"] == "begins"]
 
 
 def states() -> dict[str, str]:
@@ -94,13 +81,6 @@ def states() -> dict[str, str]:
 
 def checkpoint(job: str, stage: str) -> str:
     return str(STUDY / job / "checkpoints" / f"stage-{stage}.ckpt")
-
-
-def until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
 
 
 def test_a_shared_stage_is_trained_once(capfd):
@@ -144,7 +124,7 @@ def test_two_at_a_time_wait_for_what_they_share_and_no_longer(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
     quick = FOUR | {"args": ["--act.seconds=0.7"]}
     run_study(plan(quick), side_by_side=2)
-    lines, alive, most = acted(), set(), 0
+    lines, alive, most = acted(STUDY), set(), 0
     for line in lines:
         (alive.add if line["event"] == "begins" else alive.remove)(line["name"])
         most = max(most, len(alive))
@@ -216,8 +196,8 @@ def test_an_interruption_stops_all_and_the_same_command_goes_on(number, capfd):
     runner.join(10)
     assert runner.exitcode == 130
     assert states()["moe/all-1"] == "stopped"
-    assert not [line for line in acted() if line["event"] == "ends" and line["name"] == "moe/all-1"]
-    for line in acted():
+    assert not [line for line in acted(STUDY) if line["event"] == "ends" and line["name"] == "moe/all-1"]
+    for line in acted(STUDY):
         with pytest.raises(ProcessLookupError):
             os.kill(line["pid"], 0)
     assert "the same command goes on from here" in capfd.readouterr().out

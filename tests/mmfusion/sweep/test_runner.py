@@ -1,6 +1,5 @@
 """Which trials run, when, and what becomes of failures, pruning and interruptions; by runs without training (actor)."""
 
-import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -8,8 +7,6 @@ import os
 import shutil
 import signal
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,8 @@ from mmfusion.sweep.definition import Sweep, read_sweep
 from mmfusion.sweep.report import told
 from mmfusion.sweep.runner import report_alone, run_sweep
 from mmfusion.sweep.trials import Trial, definition, plan_of, reported
+from tests.mmfusion import acting
+from tests.mmfusion.acting import acted, until, write
 from tests.mmfusion.runs.drawn import draw_run
 from tests.mmfusion.sweep import actor
 
@@ -43,20 +42,9 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setattr("mmfusion.sweep.prefix.PAUSE", 0.02)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
     stages = {name: {"until": 1} for name in ("adapt", "align", "fuse")}
-    write("experiments/base.yaml", {"model": {"dim": 8, "stages": stages}})
-    write("experiments/encoders/tiny.yaml", {"model": {"text": "small"}})
-    write("experiments/fusion_moe.yaml", {"model": {"fusion": "MoE"}})
-    write("data/manifest.json", {"hash": "h1"})
-    yield
-    for line in acted():  # what a killed command left
-        if line["event"] == "begins":
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(line["pid"], signal.SIGKILL)
-
-
-def write(path: str, content: Any) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(content))
+    base = {"model": {"dim": 8, "stages": stages}}
+    with acting.project(SWEEP, {"base": base, "fusion_moe": {"model": {"fusion": "MoE"}}}):
+        yield
 
 
 def planned(definition: dict[str, Any] = SMALL, *more: str) -> tuple[Sweep, Plan]:
@@ -69,13 +57,8 @@ def run(definition: dict[str, Any] = SMALL, *more: str, jobs: int = 1) -> int:
     return run_sweep(*planned(definition, *more), jobs, seeds=0)
 
 
-def acted() -> list[dict[str, Any]]:
-    path = SWEEP / "acted.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
 def begun(key: str = "name") -> list[Any]:
-    return [line[key] for line in acted() if line["event"] == "begins"]
+    return [line[key] for line in acted(SWEEP) if line["event"] == "begins"]
 
 
 def report() -> dict[str, Any]:
@@ -86,16 +69,17 @@ def states() -> dict[int, str]:
     return {row["trial"]: row["state"] for row in report()["trials"]}
 
 
-def until(condition: Callable[[], Any], seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-
-
 def command(definition: dict[str, Any], *more: str) -> multiprocessing.Process:
     process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(run(definition, *more)))
     process.start()
+    return process
+
+
+def held() -> multiprocessing.Process:
+    """A command whose first trial waits before its end, for as long as the file `wait` is there."""
+    Path("wait").touch()
+    process = command(SMALL, "--act.hold=wait")
+    until((SWEEP / "trials/0/checkpoints/last.ckpt").is_file)
     return process
 
 
@@ -156,7 +140,7 @@ def test_a_trial_behind_the_others_is_pruned():
     found = report()["trials"]
     pruned = [row for row in found if row["state"] == "PRUNED"]
     assert pruned
-    ended = {line["name"] for line in acted() if line["event"] == "ends"}
+    ended = {line["name"] for line in acted(SWEEP) if line["event"] == "ends"}
     assert not {f"trials/{row['trial']}" for row in pruned} & ended, "they were stopped"
     best = min(row["value"] for row in found[:3])
     assert all(row["value"] < best and row["trial"] >= 5 for row in pruned)
@@ -195,9 +179,7 @@ def test_a_trial_whose_command_was_killed_while_it_drew_values_gets_them_all():
 
 
 def test_ctrl_c_stops_and_the_same_trial_goes_on():
-    Path("wait").touch()
-    process = command(SMALL, "--act.hold=wait")
-    until((SWEEP / "trials/0/checkpoints/last.ckpt").is_file)
+    process = held()
     os.kill(process.pid or 0, signal.SIGINT)
     process.join(30)
     assert process.exitcode == 130
@@ -209,22 +191,18 @@ def test_ctrl_c_stops_and_the_same_trial_goes_on():
 
 
 def test_a_killed_command_leaves_a_trial_that_ends_and_is_counted():
-    Path("wait").touch()
-    process = command(SMALL, "--act.hold=wait")
-    until((SWEEP / "trials/0/checkpoints/last.ckpt").is_file)
+    process = held()
     process.kill()
     process.join()
     Path("wait").unlink()
-    until(lambda: any(line["event"] == "ends" for line in acted()))
+    until(lambda: any(line["event"] == "ends" for line in acted(SWEEP)))
     assert run(SMALL, "--act.hold=wait") == 0
     assert begun().count("trials/0") == 1, "its results are there"
     assert states() == dict.fromkeys(range(6), "COMPLETE")
 
 
 def test_a_killed_trial_and_command_are_tried_again():
-    Path("wait").touch()
-    process = command(SMALL, "--act.hold=wait")
-    until((SWEEP / "trials/0/checkpoints/last.ckpt").is_file)
+    process = held()
     process.kill()
     process.join()
     os.kill(begun("pid")[0], signal.SIGKILL)
@@ -237,9 +215,7 @@ def test_a_killed_trial_and_command_are_tried_again():
 
 
 def test_a_trial_that_is_ended_alone_goes_on(capfd):
-    Path("wait").touch()
-    process = command(SMALL, "--act.hold=wait")
-    until((SWEEP / "trials/0/checkpoints/last.ckpt").is_file)
+    process = held()
     os.kill(begun("pid")[0], signal.SIGTERM)
     Path("wait").unlink()
     process.join(60)
@@ -271,9 +247,9 @@ def test_two_commands_share_a_sweep_and_its_prefix():
     assert sorted(begun()) == sorted(["prefix/all-1", *(f"trials/{number}" for number in range(8))])
     checkpoint = str(SWEEP / "prefix/all-1/checkpoints/stage-align.ckpt")
     assert begun("branch") == [None] + [checkpoint] * 8
-    assert not [line for line in acted() if line["event"] == "ends" and line["name"].startswith("prefix")]
+    assert not [line for line in acted(SWEEP) if line["event"] == "ends" and line["name"].startswith("prefix")]
     alive, most = set(), 0
-    for line in acted()[1:]:
+    for line in acted(SWEEP)[1:]:
         (alive.add if line["event"] == "begins" else alive.discard)(line["name"])
         most = max(most, len(alive))
     assert most == 2
