@@ -19,7 +19,7 @@ from mmfusion.runs.sync import logs_of
 CHECKPOINTS = "checkpoints"
 LEFT_BY_RUNS = {  # what else lies in a run's folder was put there by hand
     CONFIG, "environment.json", "state.json", "state.json.partial", "state.json.claim", "metrics.csv", "results.json",
-    "zero_shot.json", "cost.json", "speed.json", "report.html", "per_query.parquet", "rankings.parquet",
+    "zero_shot.json", "parameters.json", "speed.json", "report.html", "per_query.parquet", "rankings.parquet",
     "products.parquet", CHECKPOINTS, "eval", "wandb", "profile", "stacks",
 }  # fmt: skip
 OF_CHECKPOINTS = re.compile(r"((last|before|best|stage-.+)\.ckpt|SHA256SUMS)(\.partial)?")

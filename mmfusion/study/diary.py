@@ -10,8 +10,9 @@ from typing import Any
 
 from mmfusion.options import shown
 from mmfusion.retrieval.files import replaced
-from mmfusion.study.cost import FILE
+from mmfusion.speed.callback import FILE as SPEED
 from mmfusion.study.jobs import Job, Plan
+from mmfusion.study.parameters import FILE as PARAMETERS
 
 STUDY, JOBS = "study.json", "jobs.json"
 
@@ -116,13 +117,14 @@ class Diary:
         self.cost(job)
 
     def cost(self, job: Job) -> None:
-        """What cost.json of the run tells."""
-        about, cost = self._about(job), read_json(job.run / FILE)
+        """What parameters.json and speed.json of the run tell."""
+        about = self._about(job)
+        parameters, speed = read_json(job.run / PARAMETERS), read_json(job.run / SPEED)
         with contextlib.suppress(KeyError, TypeError, AttributeError, IndexError):  # damaged: the run is whole
-            *_, last = cost["stages"].values()
-            about["parameters"] = {"head": last["head"], "rest": last["rest"], "all": cost["parameters"]}
-            rates = {name: s["samples"] / s["seconds"] for name, s in cost["stages"].items() if s["seconds"] > 0}
-            about["samples_per_s"] = rates
+            *_, last = parameters["stages"].values()
+            about["parameters"] = {"head": last["head"], "rest": last["rest"], "all": parameters["parameters"]}
+        with contextlib.suppress(KeyError, TypeError, AttributeError):
+            about["samples_per_s"] = {name: stage["samples_per_s"] for name, stage in speed["stages"].items()}
         self._write()
 
     def _about(self, job: Job) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import yaml
 
 from mmfusion.retrieval.evaluation import PROTOCOL
 from mmfusion.retrieval.report import primary_view, read_results, splits
-from mmfusion.study.cost import FILE as COST
+from mmfusion.study.parameters import FILE as PARAMETERS
 
 FILES = ("results.json", "per_query.parquet")
 ABOUT = ("split", "view", "query_id", "query")  # columns of per_query.parquet that are no metrics
@@ -62,11 +62,11 @@ def load(folder: Path) -> Finished | None:
         return None
     config = folder / "config.yaml"
     settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    return Finished(folder, read_results(folder / "results.json"), settings or {}, _trains(folder / COST))
+    return Finished(folder, read_results(folder / "results.json"), settings or {}, _trains(folder / PARAMETERS))
 
 
-def _trains(cost: Path) -> Mapping[str, Mapping[str, int]] | None:
+def _trains(file: Path) -> Mapping[str, Mapping[str, int]] | None:
     try:
-        return json.loads(cost.read_text(encoding="utf-8"))["trains"]
+        return json.loads(file.read_text(encoding="utf-8"))["trains"]
     except (OSError, ValueError, KeyError):
         return None

@@ -21,7 +21,7 @@ from mmfusion.study.processes import is_alive
 
 State = Literal["done", "resume", "new"]
 EXPERIMENTS = Path("experiments")
-COST = "mmfusion.study.cost.Cost"
+CALLBACK = "mmfusion.study.parameters.Parameters"
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +167,7 @@ class Job:
         return [
             "--exp", study.arms[self.arm].experiment, "--encoders", study.encoders, "--data", self.plan.data,
             f"--experiment={self.arm}", f"--runs={self.plan.folder}", *self.options(),
-            f"--seed_everything={self.seed}", f"--trainer.callbacks+={COST}",
+            f"--seed_everything={self.seed}", f"--trainer.callbacks+={CALLBACK}",
         ]  # fmt: skip
 
     def clear(self) -> None:

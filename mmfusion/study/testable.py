@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmfusion.study.cost import FILE as COST
 from mmfusion.study.definition import Claim, Study
 from mmfusion.study.finished import Finished
+from mmfusion.study.parameters import FILE as PARAMETERS
 from mmfusion.study.results import Results, Row
 
 
@@ -57,7 +57,7 @@ def _image_from_scratch(run: Finished, arm: str) -> str | None:
 
 def _text_frozen(run: Finished, arm: str) -> str | None:
     if run.trains is None:
-        return f"{run.folder} does not tell what it trained (its {COST} is missing or damaged)"
+        return f"{run.folder} does not tell what it trained (its {PARAMETERS} is missing or damaged)"
     if any(stage["text"] for stage in run.trains.values()):
         return None
     return f"the text encoder of {arm} is frozen in every stage ({', '.join(run.trains)})"

@@ -36,7 +36,7 @@ def draw_run(
     trains: Mapping[str, Mapping[str, int]] | None = None,
     **about: Any,
 ) -> Path:
-    """means: of each view. trains: parameters of encoders by stage, as cost.json tells; no such file for None.
+    """means: of each view. trains: parameters of encoders by stage, as parameters.json tells; no such file for None.
 
     A query's difficulty is the same in all runs; what is noise depends on the folder's name.
     """
@@ -57,7 +57,7 @@ def draw_run(
     (run / "results.json").write_text(json.dumps(results))
     (run / "config.yaml").write_text(yaml.safe_dump({"model": {"image": dict(image)}}))
     if trains is not None:
-        (run / "cost.json").write_text(json.dumps({"stages": {}, "parameters": 1, "trains": trains}))
+        (run / "parameters.json").write_text(json.dumps({"stages": {}, "parameters": 1, "trains": trains}))
     return run
 
 

@@ -128,7 +128,7 @@ def test_a_text_encoder_that_a_stage_trains(tmp_path: Path) -> None:
     draw_arm(tmp_path / "runs", "moe", 0.6, BOTH, trains=TUNED)
     draw(tmp_path, gated=0.5)
     assert claim(tmp_path, "gated", ", needs: trained_text").verdict == "holds"
-    (tmp_path / "runs" / "moe" / "full-2" / "cost.json").write_text("{")
+    (tmp_path / "runs" / "moe" / "full-2" / "parameters.json").write_text("{")
     found = claim(tmp_path, "gated", ", needs: trained_text")
     assert found.verdict == "holds on sparse, not testable here on full"
     assert "full-2 does not tell what it trained" in found.why

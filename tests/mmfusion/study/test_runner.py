@@ -343,7 +343,7 @@ def test_an_error_of_its_own_stops_what_runs(monkeypatch, capfd):
 def test_damaged_costs_cost_no_run(content):
     run_study(plan(FOUR))
     (STUDY / JOBS).write_bytes(content.encode("latin-1"))
-    (STUDY / "alone" / "all-1" / "cost.json").write_bytes(content.encode("latin-1"))
+    (STUDY / "alone" / "all-1" / "parameters.json").write_bytes(content.encode("latin-1"))
     assert run_study(plan(FOUR)) == []
     assert len(begun()) == 4
     assert states().keys() == {"alone/all-1", "moe/all-1", "gated/all-1", "early/all-1"}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmfusion.study.jobs import COST
+from mmfusion.study.jobs import CALLBACK
 from mmfusion.study.preflight import parse
 from mmfusion.study.progress import progress
 from tests.mmfusion.study import actor
@@ -67,7 +67,7 @@ def made(run: Path) -> dict[str, torch.Tensor]:
 
 def stages_of(run: Path) -> list[str]:
     """That the run trained itself."""
-    return list(json.loads((run / "cost.json").read_text())["stages"])
+    return list(json.loads((run / "parameters.json").read_text())["stages"])
 
 
 def until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
@@ -116,7 +116,7 @@ def assert_acted_alike(folder: Path, command: list[str]) -> None:
 def test_options_are_parsed_as_a_run_parses_them(monkeypatch):
     monkeypatch.chdir(ROOT)
     given = ["--exp", "fusion_moe", "--encoders", "tiny", "--data", "shards", "--seed_everything=3", *OPTIONS]
-    parse([*given, f"--trainer.callbacks+={COST}"])
+    parse([*given, f"--trainer.callbacks+={CALLBACK}"])
     for option, message in (
         ("--model.dmi=3", r"unrecognized arguments: --model.dmi=3[^$]*the nearest names are --model.dim"),
         ("--model.dim=three", "model.dim"),

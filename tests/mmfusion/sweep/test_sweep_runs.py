@@ -65,7 +65,8 @@ def test_a_trial_is_a_run_that_begins_where_the_prefix_ends(folder):
     trial = folder / FOLDER / row["run"]
     about = json.loads((trial / "results.json").read_text())
     assert about["run"]["branched_from"].endswith("prefix/all-1/checkpoints/stage-align.ckpt")
-    assert list(json.loads((trial / "cost.json").read_text())["stages"]) == ["fuse"], "it trained the last stage alone"
+    trained = json.loads((trial / "parameters.json").read_text())["stages"]
+    assert list(trained) == ["fuse"], "it trained the last stage alone"
     assert "test" not in about
     assert not (folder / FOLDER / "prefix/all-1/results.json").exists()
     assert row["value"] == about["val"]["fused"]["relevance/ndcg@10"]["value"]

@@ -1,5 +1,5 @@
 from mmfusion.stages import Group, LossWeights, Stage, Until
-from mmfusion.study.cost import trained
+from mmfusion.study.parameters import trained
 
 
 def stage(**rates: float | str) -> Stage:
