@@ -228,7 +228,7 @@ def _version() -> str:
         return time.strftime("%Y%m%d-%H%M%S", time.gmtime(Path(f"/proc/{os.getppid()}").stat().st_ctime))
     if os.environ.get("SLURM_PROCID") and os.environ.get("SLURM_NTASKS", "1") != "1":
         return f"job-{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_STEP_ID', '0')}"
-    return os.environ.setdefault("MMFUSION_VERSION", datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")[:-4])
+    return os.environ.setdefault("MMFUSION_VERSION", datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f"))
 
 
 def profile(argv: list[str]) -> None:
