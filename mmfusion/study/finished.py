@@ -44,6 +44,12 @@ class Finished:
             raise ValueError(f"its results have no {name or 'view'}, only {', '.join(views) or 'nothing'}")
         return name or self.results.get("run", {}).get("primary") or primary_view(views)
 
+    def slices(self, split: str, name: str, view: str, metric: str) -> dict[str, float]:
+        """By slice of that name, such as train_positives, the mean of a metric; {} where there are none."""
+        found = self.results.get("slices", {}).get(split, {}).get(name, {})
+        cells = {bucket: views.get(view, {}).get(metric, {}).get("value") for bucket, views in found.items()}
+        return {bucket: value for bucket, value in cells.items() if value is not None}
+
     def values(self, view: str, metrics: Sequence[str]) -> Values:
         """Queries without a value are left out, and so are metrics that the run was not evaluated in."""
         table = pq.read_table(self.folder / "per_query.parquet", filters=[("view", "==", view)])

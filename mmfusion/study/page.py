@@ -1,6 +1,6 @@
 """A study's report.html, from what report.json holds."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmfusion.retrieval.html.figures import Figure, plain, series_colour
@@ -29,6 +29,7 @@ def page(report: Mapping[str, Any]) -> str:
         figures=figures,
         others={name: metric_title(name.rpartition("/")[2]) for name in _others(report)},
         bare_p=bare_p,
+        buckets=_buckets,
         count=_count,
     )
 
@@ -36,6 +37,10 @@ def page(report: Mapping[str, Any]) -> str:
 def _others(report: Mapping[str, Any]) -> list[str]:
     rows = [row for rows in report["variants"].values() for row in rows]
     return list(dict.fromkeys(name for row in rows for name in row["others"]))
+
+
+def _buckets(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(bucket for row in rows for bucket in row["known"]))
 
 
 def _count(value: float | None) -> str:

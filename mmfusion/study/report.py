@@ -18,6 +18,8 @@ from mmfusion.study.page import page
 from mmfusion.study.results import Results, Row, read_study
 from mmfusion.study.table import print_study
 
+KNOWN = "recall_capped@10"
+
 
 def write_study(
     folder: Path,
@@ -76,7 +78,7 @@ def told(results: Results, data: str) -> dict[str, Any]:
 
 
 def _row(row: Row, results: Results, tests: Differences) -> dict[str, Any]:
-    """{"arm", "view", "seeds", "missing", "val", "mean", "by_seed", "others", "difference", "cost", "runs"}."""
+    """{"arm", "view", "seeds", "missing", "mean", "by_seed", "val", "others", "known", "difference", "cost", "runs"}"""
     split, metric = results.split, results.metric
     validated = row.mean("val", metric)
     difference = tests.to_reference(row, results.study.reference)
@@ -89,6 +91,7 @@ def _row(row: Row, results: Results, tests: Differences) -> dict[str, Any]:
         "by_seed": {str(seed): value for seed, value in row.by_seed(split, metric).items()},
         "val": None if validated is None else validated.mean,
         "others": {other: cell(row.mean(split, other)) for other in results.metrics if other != metric},
+        "known": known(row, split, metric),
         "difference": cell(difference),
         "cost": cost(row, results),
         "runs": {str(seed): str(run.folder.relative_to(results.folder)) for seed, run in row.runs.items()},
@@ -104,6 +107,17 @@ def cell(found: Estimate | None) -> dict[str, Any] | None:
         "significant": found.significant, "seeds": found.seeds, "queries": found.queries, "left_out": found.left_out,
         "seed_sd": found.seed_sd, "df": found.df, "over": found.over,
     }  # fmt: skip
+
+
+def known(row: Row, split: str, metric: str) -> dict[str, float]:
+    """recall_capped@10 of the products that training knew by so many positives: means over the seeds that tell all.
+
+    A head that remembers products from training gains on those alone, and nothing on what is new in the shop.
+    """
+    column = metric.rpartition("/")[0]
+    told = [run.slices(split, "train_positives", row.view or "", f"{column}/{KNOWN}") for run in row.runs.values()]
+    buckets = [bucket for bucket in (told[0] if told else {}) if all(bucket in found for found in told)]
+    return {bucket: mean(found[bucket] for found in told) for bucket in buckets}
 
 
 def cost(row: Row, results: Results) -> dict[str, float | None]:

@@ -65,11 +65,13 @@ def test_the_json(folder: Path) -> None:
     assert moe["mean"]["value"] == pytest.approx(np.mean(list(moe["by_seed"].values())))
     assert moe["mean"]["low"] < moe["mean"]["value"] < moe["mean"]["high"]
     assert moe["difference"] is None
+    assert moe["known"] == pytest.approx({"0 (cold start)": 0.3, "5+": 0.9})
     assert moe["cost"] == {"minutes": 4.5, "samples_per_s": 4100, "head": 1234, "all": 22_800_000}
     assert moe["runs"] == {str(seed): f"moe/sparse-{seed}" for seed in (1, 2, 3)}
     assert moe["others"][METRICS[1]]["value"] == pytest.approx(0.6, abs=0.02)
     bm25 = next(row for row in report["variants"]["sparse"] if row["arm"] == "bm25")
     assert bm25["difference"]["significant"]
+    assert bm25["known"] == pytest.approx({"0 (cold start)": 0.1, "5+": 0.3})
     assert bm25["difference"]["value"] == pytest.approx(-0.4, abs=0.01)
     assert set(bm25["cost"].values()) == {None}
     assert report["missing"] == [
@@ -140,6 +142,9 @@ def test_the_page_holds_the_tables(folder: Path) -> None:
     assert moe[3].strip() == "reference"
     assert [cell.strip() for cell in moe[5:]] == ["4.5", "4,100", "1,234", "22,800,000"]
     assert table[1][4].strip() == "< .0001"
+    known = [[cell.strip() for cell in row] for row in page.tables[2]]
+    assert known[0] == ["arm", "0 (cold start)", "5+"]
+    assert known[4] == ["moe", ".300", ".900"]
 
 
 def test_the_plots_show_what_the_json_holds(folder: Path) -> None:
