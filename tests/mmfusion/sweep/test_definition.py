@@ -140,11 +140,16 @@ FREE = {
     [
         ("align", {}, None),
         ("adapt", {"model.stages.align.warmup": {"uniform": [0.0, 0.2]}}, None),
-        ("align", {"model.dim": {"choice": [128, 64]}}, "model.dim: the checkpoint has 128, this run 64"),
+        pytest.param(
+            "align",
+            {"model.dim": {"choice": [128, 64]}},
+            "model.dim: the checkpoint has 128, this run 64",
+            marks=pytest.mark.slow,
+        ),
         (
             "align",
-            {"model.stages.adapt.until.fraction": {"uniform": [0.5, 0.6]}},
-            "until.fraction: .* 0.5, this run 0.6",
+            {"model.stages.adapt.until.fraction": {"uniform": [0.4, 0.45]}},
+            "until.fraction: .* 0.45, this run 0.4",
         ),
         ("align", {"model.groups.projection.rate": {"uniform": [1e-3, 1e-2]}}, "the rate of projection in stage adapt"),
         (
