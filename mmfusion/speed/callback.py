@@ -93,8 +93,7 @@ class Speed(Phased):
         self._flush(trainer, log=False)
         self._write(trainer)
         if self.stages and trainer.is_global_zero:
-            steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-            Console().print(speed_table(self._values(), steps))
+            Console().print(speed_table(self._values(trainer)))
         super().on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -116,12 +115,15 @@ class Speed(Phased):
             for logger in trainer.loggers:  # LightningModule.log takes .4 ms a value
                 logger.log_metrics(values, trainer.fit_loop.epoch_loop._batches_that_stepped)
 
-    def _values(self) -> dict[str, dict[str, float]]:
-        return {name: stage.values(self.peak) for name, stage in self.stages.items()}
+    def _values(self, trainer: Trainer) -> dict[str, dict[str, float]]:
+        """Of Measured.values, and the minutes of an epoch, without its validation."""
+        steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        found = {name: stage.values(self.peak) for name, stage in self.stages.items()}
+        return {name: {**told, "epoch_minutes": told["step_ms"] * steps / 60_000} for name, told in found.items()}
 
     def _write(self, trainer: Trainer) -> None:
         if self.stages and trainer.is_global_zero:
             sums = {name: asdict(stage) for name, stage in self.stages.items()}
             with replaced(self.file) as beside:
-                content = {"stages": self._values(), "sums": sums}
+                content = {"stages": self._values(trainer), "sums": sums}
                 beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -115,9 +115,9 @@ def known(row: Row, split: str, metric: str) -> dict[str, float]:
     A head that remembers products from training gains on those alone, and nothing on what is new in the shop.
     """
     column = metric.rpartition("/")[0]
-    told = [run.slices(split, "train_positives", row.view or "", f"{column}/{KNOWN}") for run in row.runs.values()]
-    buckets = [bucket for bucket in (told[0] if told else {}) if all(bucket in found for found in told)]
-    return {bucket: mean(found[bucket] for found in told) for bucket in buckets}
+    found = [run.slices(split, "train_positives", row.view or "", f"{column}/{KNOWN}") for run in row.runs.values()]
+    buckets = [bucket for bucket in (found[0] if found else {}) if all(bucket in seed for seed in found)]
+    return {bucket: mean(seed[bucket] for seed in found) for bucket in buckets}
 
 
 def cost(row: Row, results: Results) -> dict[str, float | None]:

@@ -1,7 +1,8 @@
 """Luck or gain: the best configuration and the experiment as it is, trained anew under seeds that no trial had.
 
 The best of many trials has the luckiest of many numbers; under other seeds, and on test, only what is a gain stays.
-They are the two arms of a study, which shares their stages, goes on where it was stopped and tests them in pairs.
+They are the two arms of a study, which shares their stages, goes on where it was stopped and tests them in pairs; at
+their full length, without `trial_args`.
 """
 
 from dataclasses import replace

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -16,7 +17,8 @@ PRIMARY = "val/primary"
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file. args: of all trials. trials: how many in all, on all machines.
+    """A sweep file. args: of all trials, and of the best of them. trial_args: of trials alone, to make them short.
+    trials: how many in all, on all machines.
 
     metric: val/primary, or val/<view>/<label column>/<name>. seed: of the sampler and of every trial's training.
     sampler: tpe (a Parzen estimator of good and bad values, Bergstra 2011) or random. pruner: median ends a trial that
@@ -29,6 +31,7 @@ class Sweep:
     experiment: str
     encoders: str = "tiny"
     args: tuple[str, ...] = ()
+    trial_args: tuple[str, ...] = ()
     metric: str = PRIMARY
     trials: int = 20
     seed: int = 1
@@ -67,17 +70,19 @@ def read_sweep(path: Path) -> Sweep:
             file.among(given[key], names, key)
             read[key] = given[key]
     read["prefix"] = file.text_or_none(given.get("prefix"), "prefix")
-    read["args"] = file.texts(given.get("args", []), "args")
-    for option in read["args"]:
-        if why := unfit(option):
-            raise file.error("args", f"holds {option!r}", why)
+    for key in ("args", "trial_args"):
+        read[key] = file.texts(given.get(key, []), key)
+        for option in read[key]:
+            if why := unfit(option):
+                raise file.error(key, f"holds {option!r}", why)
     if not read.get("metric", PRIMARY).startswith("val/"):
         raise file.error("metric", f"is {read['metric']}", f"a sweep chooses on val: {PRIMARY}, or val/<view>/<metric>")
-    read["parameters"] = _parameters(file, given["parameters"], {option.partition("=")[0] for option in read["args"]})
+    fixed = {option.partition("=")[0]: key for key in ("args", "trial_args") for option in read[key]}
+    read["parameters"] = _parameters(file, given["parameters"], fixed)
     return Sweep(**read)
 
 
-def _parameters(file: StrictFile, given: Any, fixed: set[str]) -> tuple[Parameter, ...]:
+def _parameters(file: StrictFile, given: Any, fixed: Mapping[str, str]) -> tuple[Parameter, ...]:
     if not isinstance(given, dict) or not given:
         raise file.error("parameters", f"is {given!r}", "expected dotted options, each with its distribution")
     found: dict[str, Parameter] = {}
@@ -86,7 +91,7 @@ def _parameters(file: StrictFile, given: Any, fixed: set[str]) -> tuple[Paramete
         if why := unfit(f"--{option}=x"):
             raise file.error(where, "is given", why)
         if f"--{option}" in fixed:
-            raise file.error(where, "is in args too", "an option is varied or fixed")
+            raise file.error(where, f"is in {fixed[f'--{option}']} too", "an option is varied or fixed")
         found[str(option)] = _parameter(file, str(option), told, where, found)
     return tuple(found.values())
 

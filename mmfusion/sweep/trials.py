@@ -29,7 +29,10 @@ def plan_of(sweep: Sweep, folder: Path, data: str, more: tuple[str, ...] = (), *
     none of the experiment's stages, or the last.
     """
     arm = Arm(experiment=sweep.experiment, prefix=sweep.prefix)
-    study = Study(sweep.name, TRIALS, {TRIALS: arm, PREFIX: arm}, sweep.encoders, sweep.experiment, sweep.args)
+    study = Study(
+        sweep.name, TRIALS, {TRIALS: arm, PREFIX: arm}, sweep.encoders, sweep.experiment,
+        (*sweep.args, *sweep.trial_args),
+    )  # fmt: skip
     plan = Plan(study, folder, data, (sweep.seed,), more, **options)
     varied = {f"--{parameter.option}" for parameter in sweep.parameters}
     for option in more:

@@ -50,7 +50,9 @@ def translated(sweep: Sweep, plan: Plan) -> dict[tuple[str, ...], dict[str, Any]
 
 
 def _configuration(sweep: Sweep, plan: Plan, fixed: Mapping[str, str], trials: int) -> dict[str, Any]:
-    pruner = {"early_terminate": {"type": "hyperband", "min_iter": 3}} if sweep.pruner == "median" else {}
+    pruner = (
+        {"early_terminate": {"type": "hyperband", "min_iter": 3}} if sweep.pruner == "median" and sweep.prefix else {}
+    )
     return {
         "name": "-".join([sweep.name, *fixed.values()]),
         "program": "mmfusion",

@@ -31,7 +31,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from mmfusion.checkpoints import BEFORE, BEST, LAST
 from tests.chaos.moments import KINDS, MOST, Moment, drawn
-from tests.chaos.rank import PATIENCE, RANKS, train
+from tests.chaos.rank import MISSED, PATIENCE, RANKS, train
 from tests.ddp import fork_server
 from tests.small_run import small_shards
 
@@ -68,6 +68,7 @@ def attempt(folder: Path, shards: Path, number: int, moment: Moment | None, stra
         for rank in victims:
             os.killpg(ranks[rank].pid, signal.SIGKILL)
         where, struck = fell(folder, number) if moment else "", time.monotonic()
+        assert moment is None or moment.kind == "anywhere" or not where.endswith(MISSED), f"{moment} was missed"
         (folder / f"go-{number}").touch()
         return where, ", ".join(_end(rank, process, moment, struck) for rank, process in enumerate(ranks))
     finally:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
 
-STEPS, EVERY, ENDS = 60, 4, (30, 42)  # 20 epochs; a checkpoint every EVERY; base.yaml's stages end there
+STEPS, EVERY, ENDS = 60, 4, (30, 42)  # 20 epochs; a checkpoint every EVERY; rank.OPTIONS' stages end there
 MOST = 42  # kills: a third of them within saves, each in one of its own
 KINDS, VICTIMS = ("save", "switch", "anywhere"), ((0, 1), (0,), (1,), (0, 1), (0, 1))
 SWITCH = ("save", "set_modes", "wrap_again", "rank_zero_info")  # of the stage before; what StageSwitch.apply calls

@@ -19,7 +19,7 @@ import mmfusion.run  # noqa: F401
 from mmfusion import stages
 from mmfusion.cli import main
 from mmfusion.sums import Summed
-from tests.chaos.moments import EVERY, SWITCH, Moment
+from tests.chaos.moments import ENDS, EVERY, STEPS, SWITCH, Moment
 
 RANKS, PATIENCE = 2, 300.0  # seconds
 OPTIONS = [
@@ -27,9 +27,11 @@ OPTIONS = [
     "--model.modality_dropout=0.2", "--model.ema=0.9", "--model.evaluation.baselines=false", "--wandb.mode=disabled",
     f"--checkpoint_steps={EVERY}", "--trainer.check_val_every_n_epoch=3", f"--trainer.devices={RANKS}",
     "--trainer.strategy=ddp", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
-    "--trainer.enable_model_summary=false", "--trainer.max_steps=60", "--guards.hang_minutes=3",
+    "--trainer.enable_model_summary=false", f"--trainer.max_steps={STEPS}", "--guards.hang_minutes=3",
+    f"--model.stages.adapt.until.fraction={ENDS[0] / STEPS}", f"--model.stages.align.until.fraction={ENDS[1] / STEPS}",
     "--trainer.callbacks+=tests.chaos.rank.Diary",
 ]  # fmt: skip
+MISSED = "the next step"
 NAMES = ("open", "os.rename", "os.link", "os.remove")  # Python's audit events
 
 
@@ -91,7 +93,7 @@ class Diary(Callback):
         LIFE.made(trainer.global_step)
         LIFE.switch("save")
         if LIFE.moment and LIFE.step > LIFE.moment.step:
-            LIFE.wait("the next step")
+            LIFE.wait(MISSED)
 
     def on_validation_start(self, trainer, pl_module):
         LIFE.write(validating=trainer.global_step)

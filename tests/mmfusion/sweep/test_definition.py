@@ -84,6 +84,8 @@ def test_each_end_is_tried_under_each_name_that_it_hangs_on(tmp_path):
         ({"parameters": {"a": {"choice": []}}}, r"a.choice is \[\]"),
         ({"parameters": {"seed_everything": {"int": [1, 2]}}}, "seed_everything is given: the command gives that"),
         ({"args": ["--a=1"], "parameters": {"a": {"int": [1, 2]}}}, "parameters.a is in args too"),
+        ({"trial_args": ["--a=1"], "parameters": {"a": {"int": [1, 2]}}}, "parameters.a is in trial_args too"),
+        ({"trial_args": ["--exp=a"]}, "trial_args holds '--exp=a'"),
         ({"parameters": {"a": {"int": [1, 2], "when": {"b": ["x"]}}}}, "names 'b', which is no earlier choice"),
         (
             {"parameters": {"b": {"choice": ["x"]}, "a": {"int": [1, 2], "when": {"b": ["y"]}}}},
