@@ -225,7 +225,8 @@ def _version() -> str:
     if launcher == "none":
         if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
             raise ValueError("several nodes must agree on the run's name: start torchrun with --rdzv-id=NAME")
-        return time.strftime("%Y%m%d-%H%M%S", time.gmtime(Path(f"/proc/{os.getppid()}").stat().st_ctime))
+        parent = os.getppid()  # torchrun, whose ranks need one name
+        return time.strftime(f"%Y%m%d-%H%M%S-{parent}", time.gmtime(Path(f"/proc/{parent}").stat().st_ctime))
     if os.environ.get("SLURM_PROCID") and os.environ.get("SLURM_NTASKS", "1") != "1":
         return f"job-{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_STEP_ID', '0')}"
     return os.environ.setdefault("MMFUSION_VERSION", datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f"))

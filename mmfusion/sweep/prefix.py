@@ -1,4 +1,4 @@
-"""The stages that all trials share, trained once: by one command, on all its cores and devices, while others wait."""
+"""The stages that all trials share, trained once: by one command, on all its cores, while others wait."""
 
 import time
 from pathlib import Path
