@@ -107,10 +107,10 @@ bench-chaos: setup  ## two ranks killed at 20 moments, resumed each time, agains
 	@touch $@
 
 test: setup      ## the tests that CI runs
-	$(BIN)/python -m pytest -n 2 -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m 'not slow' $(ARGS)
 
 test-all: setup  ## the slow tests as well
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist worksteal $(ARGS)
 
 lint: setup      ## ruff and mypy
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ from mmfusion.sweep.definition import PRIMARY, Sweep
 from mmfusion.sweep.space import Setting, arguments
 
 TRIALS, PREFIX = "trials", "prefix"
+OTHERWISE = ("name", "trials", "parameters", "args", "trial_args")  # of a sweep: no part of its definition as they are
 VAL_ALONE = "--data.test_splits=[val]"  # test is for what the sweep found, and for once
 
 
@@ -131,7 +132,10 @@ def reported(sweep: Sweep) -> dict[str, Any]:
 
 def definition(sweep: Sweep, plan: Plan) -> dict[str, Any]:
     """What must not change while a sweep goes on, as flat JSON; how many trials there are may."""
-    rest = {key: value for key, value in vars(sweep).items() if key not in ("name", "trials", "parameters", "args")}
+    rest = {key: value for key, value in vars(sweep).items() if key not in OTHERWISE}
     args = [shown(option) for option in (*sweep.args, *plan.more)]
+    trial_args = [shown(option) for option in sweep.trial_args]
     data = plan.manifest or shown(plan.data)
-    return reported(sweep) | flattened({**rest, "args": args, "data": data, "files": plan.files(TRIALS)})
+    return reported(sweep) | flattened(
+        {**rest, "args": args, "trial_args": trial_args, "data": data, "files": plan.files(TRIALS)}
+    )
