@@ -22,7 +22,7 @@ from datamodules.stream.failures import PHOTO_REASONS, REASONS, SAMPLE_REASONS, 
 from tests.datamodules.damage import header, member, parts_of, sample
 from tests.datamodules.small import small_catalogue, write_rows
 
-MUTATIONS, PRODUCTS, SPOILED = 2000, 6, 1  # products of a shard; the shard that is mutated, of four
+PRODUCTS, SPOILED = 6, 1  # products of a shard; the shard that is mutated, of four
 BLOCK = 512
 
 Mutation = Callable[[np.random.Generator, bytearray, list[slice]], bytes]
@@ -158,14 +158,14 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards"
 
 
-def mutated(path: Path) -> Iterator[tuple[int, Shards]]:
+def mutated(path: Path, mutations: int) -> Iterator[tuple[int, Shards]]:
     """Each mutation in turn, in its file, and the shards open."""
     shards = Shards.open(path)
     tar = path / shards.manifest.shards[SPOILED].name
     whole = tar.read_bytes()
     own = shards.index.shard == SPOILED
     places = [slice(int(o), int(o + s)) for o, s in zip(shards.index.offset[own], shards.index.size[own], strict=True)]
-    for number in range(MUTATIONS):
+    for number in range(mutations):
         random = np.random.default_rng(number)
         tar.write_bytes(ALL[number % len(ALL)](random, bytearray(whole), places))
         shards.close()
@@ -195,7 +195,8 @@ def counted(failed: list[Failed]) -> Counter[str]:
 
 
 @pytest.mark.timeout(240)
-def test_two_thousand_mutated_shards(path: Path) -> None:
+@pytest.mark.parametrize("mutations", [500, pytest.param(2000, marks=pytest.mark.slow)])
+def test_mutated_shards(path: Path, mutations: int) -> None:
     clean = Shards.open(path)
     truth = {id: clean.read(id).texts for id in range(len(clean))}
     assert len({texts["title"] for texts in truth.values()}) == len(truth)
@@ -206,7 +207,7 @@ def test_two_thousand_mutated_shards(path: Path) -> None:
     seen: Counter[str] = Counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, on damaged metadata
-        for number, shards in mutated(path):
+        for number, shards in mutated(path, mutations):
             outcomes = found_in(shards, ids, truth)
             reader = Reader(shards, Look(("title",), (4, 4)), damping=0.5, cache_mib=0)
             batch, failed = reader.products(ids, ids)

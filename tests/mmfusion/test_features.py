@@ -117,7 +117,7 @@ WORDS = ["red", "nike", "running", "shoe", "dress", "floral", "men", "women", "s
 @pytest.mark.parametrize("name", ["scratch", "minilm"])
 def test_a_text_is_encoded_the_same_to_the_bit_whatever_it_is_asked_for_with(name):
     draw = random.Random(0)
-    texts = [" ".join(draw.choices(WORDS, k=draw.randint(0, 30))) for _ in range(150)]
+    texts = [" ".join(draw.choices(WORDS, k=draw.randint(0, 30))) for _ in range(60)]
     encoder = text_encoder(name)
     one_by_one, at_once, shuffled = (FeatureMemo(False, 1.0) for _ in range(3))
 
@@ -125,7 +125,7 @@ def test_a_text_is_encoded_the_same_to_the_bit_whatever_it_is_asked_for_with(nam
         return memo(encoder, some, lambda rows: encoder([some[i] for i in rows]), partial(token_keys, encoder)).pooled
 
     expected = asked(at_once, texts)
-    assert torch.equal(torch.cat([asked(one_by_one, [text]) for text in texts[:40]]), expected[:40])
+    assert torch.equal(torch.cat([asked(one_by_one, [text]) for text in texts[:20]]), expected[:20])
     order = torch.randperm(len(texts))
     assert torch.equal(asked(shuffled, [texts[i] for i in order]), expected[order])
     near = torch.nn.functional.cosine_similarity(expected, torch.cat([encoder([text]).pooled for text in texts]))

@@ -154,13 +154,14 @@ FREE = {
             "until.fraction: .* 0.45, this run 0.4",
         ),
         ("align", {"model.groups.projection.rate": {"uniform": [1e-3, 1e-2]}}, "the rate of projection in stage adapt"),
-        (
+        pytest.param(
             "align",
             {
                 "model.text": {"choice": ["ScratchTextEncoder", "SentenceTransformerEncoder"]},
                 "model.text.init_args.width": {"int": [64, 128], "when": {"model.text": ["ScratchTextEncoder"]}},
             },
             "model.text.width: the checkpoint has 128, this run 64",
+            marks=pytest.mark.slow,
         ),
     ],
 )
