@@ -116,10 +116,10 @@ def read_study(path: Path) -> Study:
     for key in ("metric", "prefix"):
         read[key] = file.text_or_none(given.get(key), key)
     read["seeds"] = file.count(given.get("seeds", SEEDS), "seeds")
-    read["args"] = _options(file, given.get("args", []), "args")
+    read["args"] = options_of(file, given.get("args", []), "args")
     if given.get("variants"):
         variants = file.named(given["variants"], "variants")
-        read["variants"] = {name: _options(file, args, f"variants.{name}") for name, args in variants.items()}
+        read["variants"] = {name: options_of(file, args, f"variants.{name}") for name, args in variants.items()}
     default = {"experiment": read.get("experiment", Study.experiment), "prefix": read["prefix"]}
     arms = file.named(given["arms"], "arms", reserved=(LOGS,))
     read["arms"] = {name: _arm(file, arm, f"arms.{name}", default) for name, arm in arms.items()}
@@ -145,7 +145,7 @@ def _arm(file: StrictFile, given: Any, where: str, default: Mapping[str, Any]) -
         read[key] = file.text_or_none(read.get(key), f"{where}.{key}")
     if "experiment" in given:
         file.text(given["experiment"], f"{where}.experiment")
-    read["args"] = _options(file, given.get("args", []), f"{where}.args")
+    read["args"] = options_of(file, given.get("args", []), f"{where}.args")
     read["once"] = file.switch(given.get("once", False), f"{where}.once")
     for key in ("variants", "encoders"):
         if given.get(key) is not None:
@@ -168,7 +168,7 @@ def _claim(file: StrictFile, given: Any, where: str) -> Claim:
     )
 
 
-def _options(file: StrictFile, given: Any, where: str) -> tuple[str, ...]:
+def options_of(file: StrictFile, given: Any, where: str) -> tuple[str, ...]:
     """Each as on the command line, in one text: --dotted.option=value."""
     options = file.texts(given, where)
     for option in options:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from mmfusion.strict import StrictFile
-from mmfusion.study.definition import unfit
+from mmfusion.study.definition import options_of, unfit
 from mmfusion.sweep.space import Kind, Parameter
 
 PRIMARY = "val/primary"
@@ -71,10 +71,7 @@ def read_sweep(path: Path) -> Sweep:
             read[key] = given[key]
     read["prefix"] = file.text_or_none(given.get("prefix"), "prefix")
     for key in ("args", "trial_args"):
-        read[key] = file.texts(given.get(key, []), key)
-        for option in read[key]:
-            if why := unfit(option):
-                raise file.error(key, f"holds {option!r}", why)
+        read[key] = options_of(file, given.get(key, []), key)
     if not read.get("metric", PRIMARY).startswith("val/"):
         raise file.error("metric", f"is {read['metric']}", f"a sweep chooses on val: {PRIMARY}, or val/<view>/<metric>")
     fixed = {option.partition("=")[0]: key for key in ("args", "trial_args") for option in read[key]}
